@@ -1,0 +1,41 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`. Both install into .venv once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PATHS := hcompress export tests
+
+.PHONY: demo test test-all lint bench zoo-fashion-dit zoo-fashion-classifier clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hcompress needs Python 3.11 to 3.13; say PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing hcompress and what it needs into .venv (a few minutes, once)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,cpu,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m hcompress.demo
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff format --check $(PATHS)
+	@$(BIN)/ruff check $(PATHS)
+	@$(BIN)/mypy
+
+bench: $(INSTALLED)
+	@$(BIN)/hcompress bench out/demo/bundle
+
+zoo-fashion-dit: $(INSTALLED)
+	@$(BIN)/python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --store
+
+zoo-fashion-classifier: $(INSTALLED)
+	@$(BIN)/python -m hcompress.zoo.train_fashion_classifier
+
+clean:
+	rm -rf .venv out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,109 @@
+"""What a model family must offer, so that all else sees one call.
+
+An Adapter wraps the denoiser of one family and runs it with a forward of its own, which asks a `Route` for the output
+of every residual branch. The route decides: compute it, take it from a slot, mix both (training), or expose it
+(tracing). Nothing else about caching is known here, and no family is known anywhere else.
+
+Legend: B samples, R rows of the network's batch (2 B under batched guidance), C channels, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hcompress.branches import BranchGraph
+from hcompress.schedule import Identity
+
+Route = Callable[[int, Callable[[], Tensor]], Tensor]
+"""(branch index, how to compute it) -> the branch's output before its gate, [R, *Branch.shape]."""
+
+Condition = Mapping[str, Tensor]
+"""What the sample is conditioned on, one row a sample: {"labels": int64[B]}."""
+
+
+def compute_all(branch: int, compute: Callable[[], Tensor]) -> Tensor:
+    """The dense route: every branch is computed."""
+    return compute()
+
+
+class Adapter(ABC, nn.Module):
+    """One denoiser and its cacheable branches.
+
+    Subclasses are final: they set `graph`, `sample_shape` (C, H, W) and `guided_channels` (how many of the output's
+    channels guidance applies to) and fill in the abstract methods.
+    """
+
+    graph: BranchGraph
+    sample_shape: tuple[int, int, int]
+    guided_channels: int
+    network: nn.Module
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The network's configuration, JSON-able; its hash is the model's identity."""
+
+    @abstractmethod
+    def step_constants(self, timesteps: Tensor) -> dict[str, Tensor]:
+        """Everything that derives from time alone, [len(timesteps), ...] each; one row a timestep."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, condition: Condition, constants: Mapping[str, Tensor], route: Route) -> Tensor:
+        """Raw network output [R, C_out, H, W] for x [R, C, H, W]; constants have 1 or R rows."""
+
+    @abstractmethod
+    def null_condition(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of `condition`."""
+
+    @abstractmethod
+    def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
+        """Conditions for `count` training samples, drawn as the method asks (uniform over classes)."""
+
+    @abstractmethod
+    def label_condition(self, labels: list[int]) -> Condition:
+        """The condition of class `labels`. Raises InputError for labels outside the range."""
+
+    @final
+    def guided(
+        self, x: Tensor, condition: Condition, constants: Mapping[str, Tensor], cfg: float, route: Route = compute_all
+    ) -> Tensor:
+        """Output [B, C_out, H, W] for x [B, C, H, W] after classifier-free guidance (Ho and Salimans 2022).
+
+        Rows of the doubled batch are [cond ; uncond], one routing decision for both. Channels beyond
+        `guided_channels` (a learned variance) keep the conditional half, as diffusers and DiT do.
+        """
+        if cfg == 1.0:
+            return self(x, condition, constants, route)
+        null = self.null_condition(condition)
+        both = {name: torch.cat([condition[name], null[name]]) for name in condition}
+        cond, uncond = self(torch.cat([x, x]), both, constants, route).chunk(2)
+        n = self.guided_channels
+        mixed = uncond[:, :n] + cfg * (cond[:, :n] - uncond[:, :n])
+        return mixed if n == cond.shape[1] else torch.cat([mixed, cond[:, n:]], dim=1)
+
+    @final
+    def identity(self, name: str, solver: dict[str, Any], cfg: float) -> Identity:
+        """The identity that a schedule of this model carries. `solver` from hcompress.solver.solver_identity."""
+        return Identity(name, config_hash(self.config()), weight_hash(self.network), solver, cfg)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, without diffusers' private keys and paths."""
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weight_hash(network: nn.Module) -> str:
+    """SHA-256 over names, shapes and values (as float32) of all weights, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""The cacheable branches of a network: what they are called, what they cost, what a slot of each holds.
+
+A branch is a residual branch (attention, MLP, ...) whose output may be kept and reused at a later model call.
+Order is execution order; it is the column order of every schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcompress.errors import ScheduleError
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch.
+
+    name:  "<layer>.<branch>", such as "3.attn"
+    macs:  multiply-accumulates of one evaluation for one sample (one row of the network's batch)
+    shape: of its output for one sample, such as (tokens, width)
+    """
+
+    name: str
+    macs: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BranchGraph:
+    """The N branches of a network in execution order, and the MACs of one call outside all of them."""
+
+    branches: tuple[Branch, ...]
+    other_macs: int
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The N branch names in column order."""
+        return tuple(branch.name for branch in self.branches)
+
+    @property
+    def macs(self) -> NDArray[np.int64]:
+        """int64[N], MACs of each branch for one row of the network's batch."""
+        return np.array([branch.macs for branch in self.branches], np.int64)
+
+    def total_macs(self, compute: NDArray[np.bool_]) -> int:
+        """MACs of one generation of one row under `compute`, bool[T, N]."""
+        self._check(compute)
+        return int(len(compute) * self.other_macs + (compute @ self.macs).sum())
+
+    def mac_ratio(self, compute: NDArray[np.bool_]) -> float:
+        """MACs of the dense model over MACs under `compute`, bool[T, N]: the speed-up that arithmetic allows."""
+        return self.total_macs(np.ones_like(compute)) / self.total_macs(compute)
+
+    def _check(self, compute: NDArray[np.bool_]) -> None:
+        if compute.ndim != 2 or compute.shape[1] != len(self):
+            raise ScheduleError(f"a mask of shape {compute.shape} does not fit a model of {len(self)} branches")

@@ -1,0 +1,63 @@
+"""The `hcompress` command: the verbs in one list, and the one place where errors become lines.
+
+Verb modules import what they need inside their function, so that help and completion stay instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+import hcompress
+from hcompress.cli import recipes
+from hcompress.cli.doctor import doctor
+from hcompress.errors import HcompressError
+
+VERBS = [
+    # train, export, generate, eval, bench, inspect go here, in this order
+    doctor,
+]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in VERBS:
+    app.command()(verb)
+app.add_typer(recipes.app, name="recipes")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hcompress {hcompress.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Learn when a diffusion transformer may reuse its own activations; export and run it so.
+
+    Example: hcompress train zoo:fashion-dit --target-cur 0.4 --out runs/first
+    """
+
+
+def main() -> None:
+    """Run the command. An HcompressError is one line and exit code 1; any other escapes as a traceback, being a bug."""
+    try:
+        app()
+    except HcompressError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

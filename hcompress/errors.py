@@ -1,0 +1,57 @@
+"""What can go wrong for a user, as a tree. Each is one line that says the fix; the command line exits 1 on it.
+
+HcompressError
+├── RecipeError      a recipe, a --set or a flag asks for something that does not exist or does not fit
+├── ModelError       a model cannot be found, loaded or adapted
+├── SolverError      a scheduler is not affine, or its settings do not fit the run
+├── ScheduleError    a schedule is broken, or belongs to another model, solver or number of steps
+├── RunError         a run folder cannot be resumed or written
+├── DataError        data that a command needs is absent or broken
+├── BundleError      a bundle is truncated, tampered with, or of an unknown format       (hcompress_runtime)
+├── InputError       labels, seeds or sizes that this model cannot take                  (hcompress_runtime)
+└── MissingExtra     an optional library is not installed; the message holds the command (hcompress_runtime)
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from hcompress_runtime.errors import BundleError, HcompressError, InputError, MissingExtra, missing
+
+__all__ = [
+    "BundleError",
+    "DataError",
+    "HcompressError",
+    "InputError",
+    "MissingExtra",
+    "ModelError",
+    "RecipeError",
+    "RunError",
+    "ScheduleError",
+    "SolverError",
+    "missing",
+]
+
+
+class RecipeError(HcompressError):
+    """A recipe, a `--set` or a flag asks for something that does not exist or does not fit."""
+
+
+class ModelError(HcompressError):
+    """A model cannot be found, loaded or adapted."""
+
+
+class SolverError(HcompressError):
+    """A scheduler is not affine, or its settings do not fit the run."""
+
+
+class ScheduleError(HcompressError):
+    """A schedule is broken, or belongs to another model, solver or number of steps."""
+
+
+class RunError(HcompressError):
+    """A run folder cannot be resumed or written."""
+
+
+class DataError(HcompressError):
+    """Data that a command needs is absent or broken."""

@@ -1,0 +1,4 @@
+"""How far a compressed sampler has moved: from its own dense samples (`paired`), and from real images (`fashion`).
+
+Names are kept true: FID, sFID, IS and CLIP score mean the published networks, and nothing here is called so.
+"""

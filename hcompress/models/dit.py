@@ -1,0 +1,136 @@
+"""DiT (Peebles and Xie 2023) as diffusers' `DiTTransformer2DModel`: class-conditional, adaLN-Zero.
+
+Two branches a block, both cached before their gate: attention, then MLP. The forward below calls diffusers' own
+modules and is bit-identical to `DiTTransformer2DModel.forward` when every branch is computed.
+
+diffusers holds one copy of the time and label embedder in each block. Copies with equal weights are computed once;
+what derives from the timestep alone enters as a step constant, the label part stays in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hcompress.adapter import Adapter, Condition, Route
+from hcompress.branches import Branch, BranchGraph
+from hcompress.errors import InputError, ModelError
+
+
+@final
+class DiT(Adapter):
+    """Adapter of `DiTTransformer2DModel`. L tokens, D width, E distinct embedders (1 unless the copies differ)."""
+
+    network: DiTTransformer2DModel
+
+    def __init__(self, network: DiTTransformer2DModel) -> None:
+        super().__init__()
+        config = network.config
+        if config.norm_type != "ada_norm_zero":
+            raise ModelError(f"DiT with norm_type={config.norm_type!r} has no adapter; only 'ada_norm_zero' has one")
+        self.network = network.eval().requires_grad_(False)
+        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.guided_channels = config.in_channels
+        self.num_classes = config.num_embeds_ada_norm
+        self.embedders, self.embedder_of_block = _distinct([b.norm1.emb for b in network.transformer_blocks])
+        self.graph = _branch_graph(network)
+
+    def config(self) -> dict[str, Any]:
+        """The configuration that diffusers stores with the network."""
+        return dict(self.network.config)
+
+    def step_constants(self, timesteps: Tensor) -> dict[str, Tensor]:
+        """time_embedding [len(timesteps), E, D]: the sinusoid through each distinct timestep MLP."""
+        dtype = self.network.pos_embed.proj.weight.dtype
+        rows = [e.timestep_embedder(e.time_proj(timesteps).to(dtype)) for e in self.embedders]
+        return {"time_embedding": torch.stack(rows, dim=1)}
+
+    def forward(self, x: Tensor, condition: Condition, constants: Mapping[str, Tensor], route: Route) -> Tensor:
+        """[R, C_out, H, W] for x [R, C, H, W], labels int64[R], time_embedding [1 or R, E, D]."""
+        labels, time = condition["labels"], constants["time_embedding"]
+        conditioning = [
+            functional.silu(time[:, e] + embedder.class_embedder.embedding_table(labels))
+            for e, embedder in enumerate(self.embedders)
+        ]
+        h = self.network.pos_embed(x)  # [R, L, D]
+        for index, block in enumerate(self.network.transformer_blocks):
+            modulation = block.norm1.linear(conditioning[self.embedder_of_block[index]])
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation[:, None].chunk(6, dim=2)  # [R, 1, D]
+
+            def attention(h: Tensor = h, block: nn.Module = block, s: Tensor = scale_a, b: Tensor = shift_a) -> Tensor:
+                return block.attn1(block.norm1.norm(h) * (1 + s) + b)
+
+            h = gate_a * route(2 * index, attention) + h
+
+            def mlp(h: Tensor = h, block: nn.Module = block, s: Tensor = scale_m, b: Tensor = shift_m) -> Tensor:
+                return block.ff(block.norm3(h) * (1 + s) + b)
+
+            h = gate_m * route(2 * index + 1, mlp) + h
+        shift, scale = self.network.proj_out_1(conditioning[self.embedder_of_block[0]])[:, None].chunk(2, dim=2)
+        h = self.network.proj_out_2(self.network.norm_out(h) * (1 + scale) + shift)
+        return _unpatchify(h, self.network.patch_size, self.network.out_channels)
+
+    def null_condition(self, condition: Condition) -> Condition:
+        """The null class, one past the last label."""
+        return {"labels": torch.full_like(condition["labels"], self.num_classes)}
+
+    def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
+        """Labels uniform over the classes (HarmoniCa, algorithm of SDT)."""
+        return {"labels": torch.from_numpy(rng.integers(self.num_classes, size=count))}
+
+    def label_condition(self, labels: list[int]) -> Condition:
+        """int64[B] labels. Raises InputError outside 0 .. num_classes - 1."""
+        for label in labels:
+            if not 0 <= label < self.num_classes:
+                raise InputError(f"label {label} is outside 0..{self.num_classes - 1}, the classes of this model")
+        return {"labels": torch.tensor(labels, dtype=torch.int64)}
+
+
+def _distinct(modules: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
+    """The modules with different weights, and for each module the index of its equal."""
+    distinct: list[nn.Module] = []
+    index_of: list[int] = []
+    for module in modules:
+        state = module.state_dict()
+        for at, known in enumerate(distinct):
+            if all(torch.equal(tensor, state[name]) for name, tensor in known.state_dict().items()):
+                index_of.append(at)
+                break
+        else:
+            index_of.append(len(distinct))
+            distinct.append(module)
+    return distinct, index_of
+
+
+def _branch_graph(network: DiTTransformer2DModel) -> BranchGraph:
+    """MACs of one row: linears and the two attention products; norms, gates and additions are not counted."""
+    config = network.config
+    width, patch = network.inner_dim, config.patch_size
+    tokens = (config.sample_size // patch) ** 2
+    branches: list[Branch] = []
+    for index, block in enumerate(network.transformer_blocks):
+        attention = tokens * _linear_macs(block.attn1) + 2 * tokens * tokens * width
+        branches.append(Branch(f"{index}.attn", attention, (tokens, width)))
+        branches.append(Branch(f"{index}.mlp", tokens * _linear_macs(block.ff), (tokens, width)))
+    patchify = tokens * config.in_channels * patch * patch * width
+    modulation = sum(_linear_macs(block.norm1.linear) for block in network.transformer_blocks)
+    final = _linear_macs(network.proj_out_1) + tokens * _linear_macs(network.proj_out_2)
+    return BranchGraph(tuple(branches), patchify + modulation + final)
+
+
+def _linear_macs(module: nn.Module) -> int:
+    """MACs of all linear layers of `module` for one token."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _unpatchify(h: Tensor, patch: int, channels: int) -> Tensor:
+    """[R, L, patch * patch * C] to [R, C, H, W]; the grid is square."""
+    side = int(h.shape[1] ** 0.5)
+    h = h.reshape(-1, side, side, patch, patch, channels)
+    return torch.einsum("nhwpqc->nchpwq", h).reshape(-1, channels, side * patch, side * patch)

@@ -1,0 +1,95 @@
+"""From MODEL on the command line to an adapter: `zoo:NAME`, a local diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hcompress.adapter import Adapter
+from hcompress.errors import ModelError
+from hcompress.models import MODELS
+
+ZOO = Path(__file__).parent.parent / "zoo"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    name:             as the user wrote it
+    adapter:          the denoiser, float32, frozen
+    scheduler_config: the configuration of the scheduler that the model came with
+    folder:           where its files lie (VAE and text encoder, where it has them)
+    """
+
+    name: str
+    adapter: Adapter
+    scheduler_config: dict[str, Any]
+    folder: Path
+
+
+def zoo_names() -> list[str]:
+    """The models that ship with the package."""
+    return sorted(path.parent.name for path in ZOO.glob("*/transformer"))
+
+
+def load_model(name: str) -> Model:
+    """Load MODEL with its weights as float32. Raises ModelError where it is absent, broken or without an adapter."""
+    import torch
+
+    folder = _find(name)
+    config = _read_json(folder / "transformer" / "config.json")
+    family = config.get("_class_name")
+    if family not in MODELS:
+        raise ModelError(f"{name} is a {family}, which has no adapter yet; families that have one: {', '.join(MODELS)}")
+    try:
+        adapter = MODELS[family](str(folder / "transformer"), torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the weights of {name} cannot be read ({reason}); download or copy them again") from error
+    return Model(name, adapter, _read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+
+
+def _find(name: str) -> Path:
+    """The folder of MODEL, downloaded first where it is a hub id."""
+    if name.startswith("zoo:"):
+        folder = ZOO / name.removeprefix("zoo:")
+        if not (folder / "transformer").is_dir():
+            raise ModelError(f"no zoo model {name!r}; there are: {', '.join('zoo:' + n for n in zoo_names())}")
+        return folder
+    if (Path(name) / "transformer" / "config.json").is_file():
+        return Path(name)
+    if Path(name).exists():
+        raise ModelError(
+            f"{name} is no diffusers folder: transformer/config.json is missing; pass the pipeline's folder"
+        )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"no model folder {name}; pass zoo:NAME, a local diffusers folder or a hub id ORGANISATION/NAME"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["transformer/*", "scheduler/*", "vae/*", "model_index.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{name} is no local folder and cannot be fetched from the hub ({reason}); "
+            "pass the path of a downloaded diffusers folder instead"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is missing or not JSON ({error}); download or copy the model again") from error
+    return dict(config)

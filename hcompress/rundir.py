@@ -1,0 +1,124 @@
+"""A run's folder: what was asked, on which machine, what happened, and where the results lie.
+
+RUN/recipe.yaml            the resolved recipe; its presence makes the folder a run
+RUN/env.json               versions and hardware at the start
+RUN/metrics.jsonl          one JSON object a line, in order
+RUN/checkpoint.pt          all that a resumed run needs, replaced atomically
+RUN/schedule.safetensors   the result
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hcompress.errors import RunError
+from hcompress.files import write_atomically
+from hcompress.recipe import Recipe, dump, first_difference, resolve
+
+PACKAGES = ("hcompress", "numpy", "torch", "diffusers", "accelerate", "transformers", "nvidia-modelopt", "onnx")
+REMAINS = {"env.json", ".env.json.part", ".recipe.yaml.part"}  # of a start that was killed before recipe.yaml
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run, by path; `open_run` makes or reopens it."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training left off."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def schedule(self) -> Path:
+        """The finished schedule."""
+        return self.path / "schedule.safetensors"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append `record` to the metrics; a kill afterwards does not lose it."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.metrics}: {error.strerror}; pass --resume once it can grow") from error
+
+    def records(self) -> list[dict[str, Any]]:
+        """The metrics so far, without a last line that a kill cut short."""
+        return [json.loads(line) for line in self._lines()]
+
+    def rewind(self, num_records: int) -> None:
+        """Drop the metrics after the first `num_records`: a resumed run writes those again."""
+        if self.metrics.exists():
+            write_atomically(self.metrics, b"".join(self._lines()[:num_records]))
+
+    def _lines(self) -> list[bytes]:
+        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
+
+
+def open_run(path: Path, recipe: Recipe, *, resume: bool = False) -> RunDir:
+    """A new run in `path`, which must be absent or empty, or with `resume` the run that is there.
+
+    `resume` where there is nothing to resume starts the run, so one command serves a job that may be killed at any
+    moment. Raises RunError where `path` holds something else, or a run of another recipe.
+    """
+    run = RunDir(Path(path))
+    try:
+        foreign = sorted(set(os.listdir(run.path)) - REMAINS) if run.path.exists() else []
+    except OSError as error:
+        raise RunError(f"cannot use {run.path} as a run folder: {error.strerror}") from error
+    if foreign and not resume:
+        raise RunError(f"{run.path} is not empty; pass --resume or another --out")
+    if foreign and not run.recipe.exists():
+        raise RunError(f"{run.path} holds {foreign[0]} but no recipe.yaml, so it is no run; pass another --out")
+    if not foreign:
+        write_atomically(run.path / "env.json", json.dumps(environment(), indent=2).encode())
+        write_atomically(run.recipe, dump(recipe).encode())
+    elif difference := first_difference(resolve(run.recipe), recipe):
+        raise RunError(f"{run.path} was started with another recipe: {difference}; pass the same or another --out")
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for `env.json`. Imports none of the libraries it names."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "packages": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    """The processor's model name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,99 @@
+"""The reference sampler: an adapter under a schedule, with the cache in plain sight.
+
+    x_k   = solver table (start noise, outputs so far, noises)                  hcompress_runtime.table
+    o_k   = guided network output; every branch either computes and overwrites its slot, or yields its slot
+    x_T   = the finished sample
+
+All other ways to run a schedule (frozen graphs, a patched diffusers pipeline) are tested against this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hcompress.adapter import Adapter, Condition, Route, compute_all
+from hcompress_runtime.noise import gaussian
+from hcompress_runtime.table import SolverTable
+
+Slots = MutableMapping[int, Tensor]
+"""Branch index -> the output it computed last, before the gate."""
+
+
+def hard_route(compute: NDArray[np.bool_], slots: Slots) -> Route:
+    """Compute-or-reuse for one model call. compute: bool[N]. HarmoniCa's inference rule."""
+
+    def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
+        if compute[branch]:
+            slots[branch] = evaluate()
+        return slots[branch]
+
+    return route
+
+
+def start_noise(adapter: Adapter, seed: int, samples: Sequence[int]) -> Tensor:
+    """x_T, float32[B, C, H, W], from the documented generator (hcompress_runtime.noise)."""
+    return torch.from_numpy(gaussian(seed, samples, adapter.sample_shape))
+
+
+def solver_noises(adapter: Adapter, table: SolverTable, seed: int, samples: Sequence[int]) -> list[Tensor]:
+    """The M noises of a stochastic solver, float32[B, C, H, W] each; empty for a deterministic one."""
+    shape = adapter.sample_shape
+    return [torch.from_numpy(gaussian(seed, samples, shape, draw=m + 1)) for m in range(table.num_noises)]
+
+
+def constants_of(adapter: Adapter, table: SolverTable) -> list[dict[str, Tensor]]:
+    """The step constants of each of the T calls, one row each."""
+    every = adapter.step_constants(torch.from_numpy(table.timesteps))
+    return [{name: rows[call : call + 1] for name, rows in every.items()} for call in range(table.num_calls)]
+
+
+@torch.no_grad()
+def sample(
+    adapter: Adapter,
+    table: SolverTable,
+    condition: Condition,
+    start: Tensor,
+    *,
+    cfg: float,
+    compute: NDArray[np.bool_] | None = None,
+    noises: Sequence[Tensor] = (),
+) -> Tensor:
+    """Generate [B, C, H, W] from `start`, caching as `compute` bool[T, N] says; None computes everything."""
+    channels = adapter.sample_shape[0]
+    slots: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
+    for call, constants in enumerate(constants_of(adapter, table)):
+        x = table.combine(call, start, outputs, noises)
+        route = compute_all if compute is None else hard_route(compute[call], slots)
+        outputs.append(adapter.guided(x, condition, constants, cfg, route)[:, :channels])
+    return table.combine(table.num_calls, start, outputs, noises)
+
+
+def sample_seeded(
+    adapter: Adapter,
+    table: SolverTable,
+    labels: Sequence[int],
+    *,
+    seed: int,
+    cfg: float,
+    compute: NDArray[np.bool_] | None = None,
+    batch: int = 64,
+    first: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Generate one sample for each label, in batches; sample i draws stream `first` + i of `seed`."""
+    finished = []
+    for begin in range(0, len(labels), batch):
+        part = labels[begin : begin + batch]
+        streams = range(first + begin, first + begin + len(part))
+        start = start_noise(adapter, seed, streams)
+        noises = solver_noises(adapter, table, seed, streams)
+        condition = adapter.label_condition(list(part))
+        finished.append(sample(adapter, table, condition, start, cfg=cfg, compute=compute, noises=noises))
+        progress(begin + len(part))
+    return torch.cat(finished)

@@ -1,0 +1,155 @@
+"""A schedule: which branches are computed at which model call, and for whom it was learned.
+
+Stored as safetensors, `compute` and where learned `logits`, with JSON metadata; readable without torch.
+Rows count executed model calls: row 0 runs first, at the largest noise, and always computes everything.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hcompress.branches import BranchGraph
+from hcompress.errors import ScheduleError
+from hcompress.files import write_atomically
+
+FORMAT = "hcompress-schedule-1"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a schedule belongs to; using it with anything else is refused.
+
+    model:       a name for people ("zoo:fashion-dit")
+    config_hash: SHA-256 of the network's configuration
+    weight_hash: SHA-256 of its weights as float32; None in imported schedules, which do not record one
+    solver:      class, steps and config hash of the diffusers scheduler
+    cfg:         guidance scale
+    """
+
+    model: str
+    config_hash: str | None
+    weight_hash: str | None
+    solver: dict[str, Any]
+    cfg: float | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which branches are computed at which model call.
+
+    Legend: T model calls, N branches.
+
+    compute:  bool[T, N]. True = compute, False = reuse the slot written last.
+    names:    the N branch names in column order
+    identity: the model, solver and guidance it belongs to
+    method:   how it came to be, with its settings ({"name": "harmonica", "beta": ...})
+    logits:   float32[T, N] of the router, where one was learned
+
+    Raises ScheduleError where a row 0 reuses (nothing is cached yet), or shapes, dtypes or values do not fit.
+    """
+
+    compute: NDArray[np.bool_]
+    names: tuple[str, ...]
+    identity: Identity
+    method: dict[str, Any] = field(default_factory=dict)
+    logits: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        mask = self.compute
+        if mask.dtype != np.bool_ or mask.ndim != 2:
+            raise ScheduleError(f"`compute` must be bool[T, N], got {mask.dtype}{list(mask.shape)}")
+        if len(mask) < 2:
+            raise ScheduleError("a schedule of one call has nothing to reuse; use 2 steps or more")
+        if mask.shape[1] != len(self.names):
+            raise ScheduleError(f"`compute` has {mask.shape[1]} columns but {len(self.names)} branch names")
+        if not mask[0].all():
+            first = self.names[int(np.argmin(mask[0]))]
+            raise ScheduleError(f"row 0 reuses {first!r}, but nothing is cached before the first call")
+        if self.logits is not None and self.logits.shape != mask.shape:
+            raise ScheduleError(f"`logits` {list(self.logits.shape)} and `compute` {list(mask.shape)} differ in shape")
+        if self.logits is not None and not np.isfinite(self.logits).all():
+            raise ScheduleError("`logits` holds NaN or infinity; the file is damaged or its training diverged")
+
+    @property
+    def num_calls(self) -> int:
+        """T, the number of model calls of one generation."""
+        return len(self.compute)
+
+    @property
+    def cur(self) -> float:
+        """Cache utilisation ratio: reused share of all T N entries, the first call included (HarmoniCa, section 4)."""
+        return float(1.0 - self.compute.mean())
+
+    def check_fits(self, graph: BranchGraph, identity: Identity) -> None:
+        """Raise ScheduleError unless this schedule was made for this network, these weights, this solver and T.
+
+        The guidance scale is not compared: a schedule runs at any, and the caller may warn.
+        """
+        if self.names != graph.names:
+            n, names = len(self.names), graph.names
+            at = next((i for i, pair in enumerate(zip(self.names, names, strict=False)) if len({*pair}) > 1), None)
+            where = "" if at is None else f"; first difference at {at}: {self.names[at]!r} != {names[at]!r}"
+            raise ScheduleError(
+                f"schedule has {n} branches but {identity.model} has {len(graph)}{where}. "
+                f"It was learned on {self.identity.model}; re-learn it with `hcompress train`"
+            )
+        theirs = self.identity
+        for what in ("config_hash", "weight_hash"):
+            mine, yours = getattr(theirs, what), getattr(identity, what)
+            if mine and yours and mine != yours:
+                raise ScheduleError(
+                    f"schedule was learned on {theirs.model} ({what} {mine[:12]}), not on {identity.model} "
+                    f"({what} {yours[:12]}); re-learn it with `hcompress train {identity.model}`"
+                )
+        for what in ("class", "steps", "config_hash"):
+            mine, yours = theirs.solver.get(what), identity.solver.get(what)
+            if mine is not None and mine != yours:
+                raise ScheduleError(
+                    f"schedule was learned for solver {theirs.solver.get('class')} with {theirs.solver.get('steps')} "
+                    f"steps, but this run uses {identity.solver.get('class')} with {identity.solver.get('steps')} "
+                    f"({what} differs); use the same solver and --steps, or re-learn it"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write to `path`, atomically. Raises RunError where the disk refuses."""
+        tensors: dict[str, NDArray[Any]] = {"compute": self.compute}
+        if self.logits is not None:
+            tensors["logits"] = self.logits
+        described = {"names": self.names, "identity": asdict(self.identity), "method": self.method, "cur": self.cur}
+        metadata = {"format": FORMAT, "schedule": json.dumps(described, sort_keys=True)}
+        write_atomically(path, save(tensors, metadata))
+
+    @staticmethod
+    def load(path: Path) -> Schedule:
+        """Read a schedule. Raises ScheduleError where the file is absent, truncated or not a schedule."""
+        if not path.is_file():
+            raise ScheduleError(f"no schedule at {path}; `hcompress train` leaves RUN/schedule.safetensors")
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise ScheduleError(
+                f"{path} is truncated or not a safetensors file ({error}); copy or re-learn it"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise ScheduleError(f"{path} is not a schedule of this version (format {metadata.get('format')!r})")
+        try:
+            described = json.loads(metadata["schedule"])
+            return Schedule(
+                compute=tensors["compute"],
+                names=tuple(described["names"]),
+                identity=Identity(**described["identity"]),
+                method=described["method"],
+                logits=tensors.get("logits"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ScheduleError(f"{path} lacks or garbles {error}; copy or re-learn it") from error

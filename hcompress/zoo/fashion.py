@@ -1,0 +1,36 @@
+"""Fashion-MNIST as tensors: 60 000 training and 10 000 test images, 28x28 gray, ten classes.
+
+The files are those of the Debian package `dataset-fashion-mnist` (Xiao et al. 2017, MIT licence); any folder
+with the four `*-ubyte.gz` files of the original distribution works. Nothing here downloads.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcompress.errors import DataError
+
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+IMAGE_HEADER_BYTES, LABEL_HEADER_BYTES = 16, 8
+
+
+def load_fashion(split: str, folder: Path = FOLDER) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Images float32[n, 1, 28, 28] in [-1, 1] and labels int64[n] of `split` "train" or "t10k".
+
+    Raises DataError where the files are absent.
+    """
+    images_path, labels_path = (folder / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    if not images_path.is_file() or not labels_path.is_file():
+        raise DataError(
+            f"no Fashion-MNIST files in {folder}; install them with `apt-get install dataset-fashion-mnist` "
+            "or pass the folder that holds the four *-ubyte.gz files"
+        )
+    pixels = np.frombuffer(gzip.decompress(images_path.read_bytes())[IMAGE_HEADER_BYTES:], np.uint8)
+    labels = np.frombuffer(gzip.decompress(labels_path.read_bytes())[LABEL_HEADER_BYTES:], np.uint8)
+    images = pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 127.5 - 1.0
+    return images, labels.astype(np.int64)
