@@ -70,6 +70,11 @@ class Adapter(ABC, nn.Module):
     def label_condition(self, labels: list[int]) -> Condition:
         """The condition of class `labels`. Raises InputError for labels outside the range."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; inputs are expected there."""
+        return next(self.network.parameters()).device
+
     @final
     def guided(
         self, x: Tensor, condition: Condition, constants: Mapping[str, Tensor], cfg: float, route: Route = compute_all

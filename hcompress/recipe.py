@@ -113,7 +113,7 @@ def read(file: Path) -> dict[Any, Any]:
 
 def dump(recipe: Recipe) -> str:
     """YAML that resolves to an equal recipe, every default spelled out."""
-    return yaml.dump(recipe.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 def schema() -> str:
@@ -217,11 +217,13 @@ def _known_path(location: Sequence[int | str]) -> str:
 
 
 def _suggestion(unknown: str) -> str:
-    """The nearest key of the same section, or else of any."""
+    """The same name elsewhere, else the nearest name of the section, else the nearest of all."""
     section, _, name = unknown.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in _keys(Recipe) if key.rpartition(".")[0] == section}
     anywhere = {key.rpartition(".")[2]: key for key in _keys(Recipe)}
+    if name in anywhere:
+        return f"did you mean '{anywhere[name]}'?"
     for names in (siblings, anywhere):
-        if close := difflib.get_close_matches(name, names, n=1):
+        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
             return f"did you mean '{names[close[0]]}'?"
     return f"known here: {', '.join(siblings)}"

@@ -22,7 +22,17 @@ from hcompress.errors import RunError
 from hcompress.files import write_atomically
 from hcompress.recipe import Recipe, dump, first_difference, resolve
 
-PACKAGES = ("hcompress", "numpy", "torch", "diffusers", "accelerate", "transformers", "nvidia-modelopt", "onnx")
+PACKAGES = (
+    "hcompress",
+    "numpy",
+    "torch",
+    "diffusers",
+    "accelerate",
+    "transformers",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxruntime",
+)
 REMAINS = {"env.json", ".env.json.part", ".recipe.yaml.part"}  # of a start that was killed before recipe.yaml
 
 

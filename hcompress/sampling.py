@@ -13,12 +13,12 @@ from collections.abc import Callable, MutableMapping, Sequence
 
 import numpy as np
 import torch
+from hcompress_runtime.noise import gaussian
+from hcompress_runtime.table import SolverTable
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
-from hcompress_runtime.noise import gaussian
-from hcompress_runtime.table import SolverTable
 
 Slots = MutableMapping[int, Tensor]
 """Branch index -> the output it computed last, before the gate."""
@@ -37,18 +37,19 @@ def hard_route(compute: NDArray[np.bool_], slots: Slots) -> Route:
 
 def start_noise(adapter: Adapter, seed: int, samples: Sequence[int]) -> Tensor:
     """x_T, float32[B, C, H, W], from the documented generator (hcompress_runtime.noise)."""
-    return torch.from_numpy(gaussian(seed, samples, adapter.sample_shape))
+    return torch.from_numpy(gaussian(seed, samples, adapter.sample_shape)).to(adapter.device)
 
 
 def solver_noises(adapter: Adapter, table: SolverTable, seed: int, samples: Sequence[int]) -> list[Tensor]:
     """The M noises of a stochastic solver, float32[B, C, H, W] each; empty for a deterministic one."""
     shape = adapter.sample_shape
-    return [torch.from_numpy(gaussian(seed, samples, shape, draw=m + 1)) for m in range(table.num_noises)]
+    draws = [gaussian(seed, samples, shape, draw=m + 1) for m in range(table.num_noises)]
+    return [torch.from_numpy(draw).to(adapter.device) for draw in draws]
 
 
 def constants_of(adapter: Adapter, table: SolverTable) -> list[dict[str, Tensor]]:
     """The step constants of each of the T calls, one row each."""
-    every = adapter.step_constants(torch.from_numpy(table.timesteps))
+    every = adapter.step_constants(torch.from_numpy(table.timesteps).to(adapter.device))
     return [{name: rows[call : call + 1] for name, rows in every.items()} for call in range(table.num_calls)]
 
 

@@ -126,7 +126,7 @@ def probe(scheduler: Scheduler, steps: int) -> SolverTable:
     timesteps = np.array([float(t) for t in fresh.timesteps])
     calls = len(timesteps)
     # The batch axis runs over directions: x_T, each model output, and one noise a call, the most that any step draws.
-    directions = torch.eye(1 + 2 * calls, dtype=torch.float64).reshape(1 + 2 * calls, -1, 1, 1, 1)
+    directions = torch.eye(1 + 2 * calls, dtype=torch.float64, device="cpu").reshape(1 + 2 * calls, -1, 1, 1, 1)
     trajectory, drawn = _run(fresh, directions[0], directions[1 : 1 + calls], directions[1 + calls :])
     rows = trajectory.reshape(calls + 1, -1)
     if not np.isfinite(rows).all():
@@ -160,8 +160,8 @@ def verify(table: SolverTable, scheduler: Scheduler, steps: int, seed: int = 0) 
     outputs = random.standard_normal((table.num_calls, *shape))
     noises = random.standard_normal((table.num_noises, *shape))
     want, _ = _run(fresh, *map(torch.from_numpy, (start, outputs, noises)))
-    got = sum(np.tensordot(*pair, 1) for pair in ((table.outputs, outputs), (table.noises, noises)))
-    got = got + np.multiply.outer(table.start, start)
+    got = np.multiply.outer(table.start, start)
+    got += np.tensordot(table.outputs, outputs, 1) + np.tensordot(table.noises, noises, 1)
     row = tuple(range(1, want.ndim))
     return float(np.max(np.abs(got - want).max(row) / np.abs(want).max(row)))
 
@@ -200,11 +200,13 @@ def _settings(scheduler: Scheduler) -> dict[str, Any]:
 
 
 def _with_timesteps(scheduler: Scheduler, steps: int) -> Scheduler:
-    """An unused scheduler of the same settings, ready for `steps` steps."""
+    """An unused scheduler of the same settings, on the CPU, ready for `steps` steps."""
+    import torch
+
     name = type(scheduler).__name__
     if steps < 1:
         raise SolverError(f"{name} cannot make {steps} steps; ask for 1 or more")
-    with _one_line(f"{name} cannot make {steps} steps"):
+    with _one_line(f"{name} cannot make {steps} steps"), torch.device("cpu"):
         fresh = type(scheduler).from_config(copy.deepcopy(_settings(scheduler)))
         fresh.set_timesteps(steps)
     return fresh

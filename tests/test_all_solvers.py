@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ VARIANCE_PRESERVING = [name for name in SOLVERS if name not in ("edm-euler", "fl
 @pytest.mark.parametrize(("name", "steps"), CASES)
 def test_table_gives_the_trajectory_that_the_scheduler_gives(name: str, steps: int) -> None:
     scheduler = make_scheduler(name, {})
-    table = probe(scheduler, steps)
+    table = _table(name, steps)
 
     # As any diffusers pipeline does it, with a network that is not linear. In float64, because in float32 it is the
     # scheduler that is off: by 2e-5 for Heun at 2 steps, which divides by its last sigma, 0.03, what it had times 25.
@@ -64,7 +65,7 @@ def test_table_gives_the_trajectory_that_the_scheduler_gives(name: str, steps: i
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_output_moves_the_next_input_and_nothing_earlier(name: str) -> None:
-    table = probe(make_scheduler(name, {}), 5)
+    table = _table(name, 5)
     assert not np.triu(table.outputs).any()
     moves = np.diag(table.outputs, -1)
     # PNDM without set_alpha_to_one goes from t = 0 to t = 0 in its last step: that call is for nothing.
@@ -73,7 +74,7 @@ def test_every_output_moves_the_next_input_and_nothing_earlier(name: str) -> Non
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_noises_are_those_of_the_stochastic_solvers_and_come_after_their_call(name: str) -> None:
-    table = probe(make_scheduler(name, {}), 5)
+    table = _table(name, 5)
     assert table.num_noises == {"ddpm": 4, "lcm": 4, "dpm++-sde": 5, "sa": 5, "euler-a": 5}.get(name, 0)
     assert not np.triu(table.noises).any()
     if table.num_noises:
@@ -85,7 +86,9 @@ def test_probing_twice_gives_the_same_table_and_leaves_the_scheduler_alone(name:
     scheduler = make_scheduler(name, {})
     scheduler.set_timesteps(7)
     config, state = dict(scheduler.config), _state(scheduler)
-    first, second = probe(scheduler, 5), probe(scheduler, 5)
+    first = _table(name, 5)
+    with torch.device("meta"):  # a default device, which here would lose every number, is not followed
+        second = probe(scheduler, 5)
     for field in ("timesteps", "start", "outputs", "noises"):
         assert np.array_equal(getattr(first, field), getattr(second, field))
     assert dict(scheduler.config) == config
@@ -95,7 +98,7 @@ def test_probing_twice_gives_the_same_table_and_leaves_the_scheduler_alone(name:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_verify_notices_a_wrong_coefficient_and_other_steps(name: str) -> None:
     scheduler = make_scheduler(name, {})
-    table = probe(scheduler, 5)
+    table = _table(name, 5)
     assert verify(table, scheduler, 5, seed=1) <= TOLERANCE
     assert verify(table, scheduler, 6) == float("inf")
     for field in ("start", "outputs", "noises"):
@@ -157,12 +160,23 @@ def test_a_solver_that_is_not_affine_for_an_unnamed_reason_is_refused_by_its_num
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [(name, steps) for name in SOLVERS for steps in (0, -1)] + [*TOO_FEW_STEPS, ("lcm", 51)]
+    ("name", "steps"), [(name, 0) for name in SOLVERS] + [("ddim", -1), ("lcm", 51), *TOO_FEW_STEPS]
 )
-def test_a_number_of_steps_that_cannot_be_made_is_refused_in_one_line(name: str, steps: int) -> None:
-    with pytest.raises(SolverError, match=f"^{SOLVERS[name][0]} cannot make {steps} steps") as refusal:
+def test_a_number_of_steps_that_cannot_be_made_is_refused_with_the_reason(name: str, steps: int) -> None:
+    with pytest.raises(SolverError, match=f"^{SOLVERS[name][0]} cannot make {steps} steps[:;] .+$"):
         probe(make_scheduler(name, {}), steps)
-    assert "\n" not in str(refusal.value)
+
+
+class Broken(DDIMScheduler):
+    """A solver whose own error has two lines."""
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        raise ValueError("not like\n this")
+
+
+def test_a_solver_that_fails_in_the_middle_is_refused_in_one_line() -> None:
+    with pytest.raises(SolverError, match=r"^Broken cannot run its 5 calls: not like this$"):
+        probe(Broken(clip_sample=False), 5)
 
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
@@ -232,6 +246,11 @@ def test_identity_is_the_same_in_another_process_and_importing_loads_no_torch() 
     ]
     other = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == solver_identity(make_scheduler("ddim", {}), 5)["config_hash"]
+
+
+@cache
+def _table(name: str, steps: int) -> SolverTable:
+    return probe(make_scheduler(name, {}), steps)
 
 
 def _state(scheduler: Any) -> str:

@@ -15,7 +15,12 @@ IEPO's lambda_k says how much the call matters for the finished image. It is ref
     leave_one_out  mean (x0 - x0 with call k fully computed)^2, the others routed      (the paper's formula)
     cumulative     mean (z_k - z_{k-1})^2, z_k having calls 1..k routed, the rest full  (the released code)
 
+    sensitivity    leave_one_out / mean (o_k routed - o_k full)^2                      (ours; see below)
+
 Both generations share their calls before k, so each is forked from one running generation: T + T (T - 1) / 2 calls.
+The paper's lambda is the error that call k causes, not how much a unit of its error costs: a call that hardly reuses
+gets lambda near 0 and with it no say. `sensitivity` divides the call's own one-step error out, which makes
+lambda_k MSE_k the image error that call k causes, to first order.
 
 beta is fixed, or steered to a target. Steering uses that the loss is nearly quadratic in r: with need = -dL/dr and
 need ~ a (1 - r), an entry settles at r <= tau once beta >= a (1 - tau). So beta is set to the wanted quantile of
@@ -34,6 +39,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from hcompress_runtime.table import SolverTable
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,11 +47,11 @@ from torch.nn import functional
 from hcompress.adapter import Adapter, Condition, Route, compute_all
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.sampling import Slots, constants_of, sample, solver_noises, start_noise
-from hcompress_runtime.table import SolverTable
 
 TRAINING_STREAMS, SCORING_STREAMS = 1 << 32, 1 << 33  # sample numbers that `generate` never reaches
 SENSITIVITY_MOMENTUM = 0.9  # of the running mean of each entry's curvature, in trajectories
 CURVATURE_FLOOR = 0.05  # least 1 - r by which a need is divided: above r = 0.95 it says little
+TINY = 1e-12  # least one-step error by which `sensitivity` divides
 INTEGRAL_GAIN = 0.02  # log beta a trajectory and unit of CUR error, once logits have had time to travel
 
 
@@ -219,7 +225,9 @@ class Training:
             theta = self.router.rows[call]
             r = torch.sigmoid(theta)
             scores = r.detach().numpy().astype(np.float64)
-            student = self.denoise(call, x, condition, soft_route(r, scores > self.settings.threshold, slots))
+            student = self.denoise(
+                call, x, condition, soft_route(r.to(x.device), scores > self.settings.threshold, slots)
+            )
             mse = functional.mse_loss(student, target)
             loss = float(self.router.lambdas[call]) * mse
             self.update(call, theta, loss, scores)
@@ -251,9 +259,9 @@ class Training:
     @torch.no_grad()
     def refresh(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> None:
         """IEPO: measure lambda anew on this trajectory's own noise, by forks of one running generation."""
-        rows = torch.from_numpy(self.router.scores()).float()
+        rows = torch.from_numpy(self.router.scores()).float().to(start.device)
         keep = self.router.hard(self.settings.threshold)
-        leave_one_out = self.settings.proxy == "leave_one_out"
+        leave_one_out = self.settings.proxy != "cumulative"
 
         def advance(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> list[Tensor]:
             x = self.table.combine(call, start, outputs, noises)
@@ -268,20 +276,26 @@ class Training:
         slots: dict[int, Tensor] = {}
         outputs = advance(0, [], slots, routed=False)
         finished = [] if leave_one_out else [finish(1, outputs, dict(slots), routed=False)]
+        one_step: list[Tensor] = []
         for call in range(1, self.table.num_calls):
             if leave_one_out:
                 fork = dict(slots)
-                finished.append(finish(call + 1, advance(call, outputs, fork, routed=False), fork, routed=True))
+                full = advance(call, outputs, fork, routed=False)
+                finished.append(finish(call + 1, full, fork, routed=True))
             outputs = advance(call, outputs, slots, routed=True)
+            if leave_one_out:
+                one_step.append(functional.mse_loss(outputs[-1], full[-1]))
             if not leave_one_out:
                 finished.append(finish(call + 1, outputs, dict(slots), routed=False))
         final = self.table.combine(self.table.num_calls, start, outputs, noises)
         others = [final] * len(finished) if leave_one_out else finished[:-1]
         compared = finished if leave_one_out else finished[1:]
         distances = torch.stack([functional.mse_loss(a, b) for a, b in zip(compared, others, strict=False)])
+        if self.settings.proxy == "sensitivity":
+            distances = distances / torch.stack(one_step).clamp(min=TINY)
         if self.settings.reduction == "sum":
             distances = distances * final[0].numel()
-        self.blend(self.ranks.mean(distances).double().numpy())
+        self.blend(self.ranks.mean(distances.cpu()).double().numpy())
 
     def blend(self, measured: NDArray[np.float64]) -> None:
         """Take new lambdas of calls 1 .. T-1, with momentum and floor where the recipe asks for them."""

@@ -24,7 +24,9 @@ class HarmoniCaSettings(BaseModel):
     threshold: float = Field(0.1, gt=0, lt=1, description="tau: a branch is reused where sigmoid(logit) <= tau")
     clamp: Positive = Field(5.0, description="logits stay within +-clamp; row 0 is pinned at +clamp")
     init: Literal["normal"] | float = Field("normal", description="first logits: N(0, 1) as the paper, or a constant")
-    proxy: Literal["leave_one_out", "cumulative"] = Field("leave_one_out", description="which lambda IEPO uses")
+    proxy: Literal["leave_one_out", "cumulative", "sensitivity"] = Field(
+        "leave_one_out", description="which lambda IEPO uses"
+    )
     reduction: Literal["mean", "sum"] = Field("mean", description="of lambda over a latent; beta is tied to it")
     refresh: int = Field(500, ge=1, description="C: iterations (= T a trajectory) between refreshes of lambda")
     lambda_momentum: float = Field(0.0, ge=0, lt=1, description="share of the old lambda kept at a refresh; paper: 0")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -14,20 +15,27 @@ import typer
 import hcompress
 from hcompress.cli import recipes
 from hcompress.cli.doctor import doctor
+from hcompress.cli.eval import evaluate
+from hcompress.cli.inspect import inspect
+from hcompress.cli.train import train
 from hcompress.errors import HcompressError
 
-VERBS = [
-    # train, export, generate, eval, bench, inspect go here, in this order
-    doctor,
-]
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    # export, generate: here
+    "eval": evaluate,
+    # bench: here
+    "inspect": inspect,
+    "doctor": doctor,
+}
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in VERBS:
-    app.command()(verb)
+for name, verb in VERBS.items():
+    app.command(name)(verb)
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -72,8 +72,9 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean: Tensor, covariance: Tensor, mean_ref: Tensor, covariance_ref: Tensor) -> float:
-    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) between two Gaussians. Dowson and Landau 1982; Heusel et al. 2017, eq. 6.
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) between two Gaussians.
 
+    Dowson and Landau 1982; Heusel et al. 2017, eq. 6.
     The eigenvalues of S S' are those of the symmetric S^(1/2) S' S^(1/2), so no root of a general matrix is needed.
     """
     values, vectors = torch.linalg.eigh(covariance)
@@ -90,7 +91,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
     """
     distance = torch.cdist(generated, real, compute_mode="donot_use_mm_for_euclid_dist")  # [generated, real]
     precision = (distance <= _radii(real, k)).any(dim=1).double().mean()
-    recall = (distance.T <= _radii(generated, k)).any(dim=1).double().mean()
+    recall = (_radii(generated, k) >= distance.T).any(dim=1).double().mean()
     return float(precision), float(recall)
 
 

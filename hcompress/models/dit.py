@@ -82,14 +82,14 @@ class DiT(Adapter):
 
     def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
         """Labels uniform over the classes (HarmoniCa, algorithm of SDT)."""
-        return {"labels": torch.from_numpy(rng.integers(self.num_classes, size=count))}
+        return {"labels": torch.from_numpy(rng.integers(self.num_classes, size=count)).to(self.device)}
 
     def label_condition(self, labels: list[int]) -> Condition:
         """int64[B] labels. Raises InputError outside 0 .. num_classes - 1."""
         for label in labels:
             if not 0 <= label < self.num_classes:
                 raise InputError(f"label {label} is outside 0..{self.num_classes - 1}, the classes of this model")
-        return {"labels": torch.tensor(labels, dtype=torch.int64)}
+        return {"labels": torch.tensor(labels, dtype=torch.int64, device=self.device)}
 
 
 def _distinct(modules: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:

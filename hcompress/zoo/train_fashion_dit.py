@@ -1,7 +1,7 @@
 """Train `zoo:fashion-dit`, a class-conditional pixel-space DiT on Fashion-MNIST, and store it as a diffusers folder.
 
-    python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --steps 7000          # train or resume
-    python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --steps 7000 --store  # write hcompress/zoo/fashion-dit
+    python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit            # train or resume
+    python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --store    # and write hcompress/zoo/fashion-dit
 
 Cost: about 0.4 s a step on two CPU cores. Predicts the noise (DDPM, Ho et al. 2020, eq. 14) under DiT's linear beta
 schedule; labels are replaced by the null class 10 % of the time (Ho and Salimans 2022). The learning rate is constant

@@ -1,0 +1,116 @@
+"""Surgery on ONNX graphs. Each pass is one function that changes `model` in place and says what holds before and after.
+
+They meet in `step_graph`, which cuts the graph of one step out of the traced one (see trace.py for its contract).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+
+from hcompress_runtime.plan import Pattern
+
+INLINE_BYTES = 512  # smaller tensors stay inside the graph
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a tensor lies in the weight file, in bytes."""
+
+    offset: int
+    length: int
+
+
+def step_graph(traced: ir.Model, pattern: Pattern) -> ir.Model:
+    """The graph of a step of `pattern`: absent branches absent, with all that only they used. `traced` stays as it is."""
+    _, reads, writes = pattern
+    model = traced.clone()
+    expose(model, writes)
+    reuse(model, reads)
+    remove_unused(model)
+    return model
+
+
+def name_batch(model: ir.Model) -> None:
+    """Name the two free dimensions and forget the rest of what the exporter noted.
+
+    Before: the first dimension of `latent` is a symbol of the exporter's, caches have an expression of it.
+    After: inputs and outputs say "batch" and, for caches, "rows"; values in between have no shape, nothing has notes.
+    """
+    ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            free = "rows" if value.name and value.name.startswith("cache.") else "batch"
+            value.shape = ir.Shape([size if isinstance(size, int) else free for size in value.shape])
+
+
+def name_weights_by_content(model: ir.Model) -> None:
+    """Make equal initializers one, and let their name say what they hold.
+
+    Before: every initializer has a value. After: each is called `w.<key>`, see `content_key`, and no two are equal.
+    """
+    initializers = model.graph.initializers
+    for old in [*initializers.values()]:
+        del initializers[str(old.name)]
+        if old.const_value is None:
+            raise AssertionError(f"the exporter left initializer {old.name} without a value")
+        name = f"w.{content_key(old.const_value)}"
+        if name in initializers:
+            ir.convenience.replace_all_uses_with(old, initializers[name])
+        else:
+            old.name = old.const_value.name = name
+            initializers[name] = old
+
+
+def content_key(tensor: ir.TensorProtocol) -> str:
+    """The first 32 hex digits of the SHA-256 over dtype, shape and bytes."""
+    head = f"{tensor.dtype.name} {list(tensor.shape.numpy())} ".encode()
+    return hashlib.sha256(head + tensor.tobytes()).hexdigest()[:32]
+
+
+def expose(model: ir.Model, writes: tuple[str, ...]) -> None:
+    """Before: outputs `model_output` and `cache.<branch>` for all. After: `model_output` and `cache_out.<slot>`."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    model.graph.outputs.clear()  # a value that is still an output cannot have its uses replaced
+    model.graph.outputs.extend([outputs["model_output"], *(outputs[f"cache.{name}"] for name in writes)])
+    for name in writes:
+        outputs[f"cache.{name}"].name = f"cache_out.{name}"
+
+
+def reuse(model: ir.Model, reads: tuple[str, ...]) -> None:
+    """Before: a value `cache.<branch>` for each of `reads`, none an output. After: inputs `cache_in.<slot>` instead."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in reads:
+        branch = values[f"cache.{name}"]
+        slot = ir.Value(name=f"cache_in.{name}", shape=branch.shape, type=branch.type)
+        model.graph.inputs.append(slot)
+        ir.convenience.replace_all_uses_with(branch, slot)
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Before: anything. After: every node, initializer and input leads to an output."""
+    RemoveUnusedNodesPass()(model)
+    used = [value for value in model.graph.inputs if value.uses() or value.is_graph_output()]
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(used)
+
+
+def move_weights_out(model: ir.Model, regions: Mapping[str, Region], file: str) -> None:
+    """Before: initializers hold their bytes. After: those named in `regions` point into `file` beside the graph."""
+    for name, value in model.graph.initializers.items():
+        if region := regions.get(name):
+            tensor = value.const_value
+            if tensor is None:
+                raise AssertionError(f"initializer {name} has no value")
+            value.const_value = ir.ExternalTensor(
+                file, region.offset, region.length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            )

@@ -1,0 +1,116 @@
+"""One ONNX graph of the guided denoiser, with the output of every branch in the open.
+
+The graph is traced once; `hcompress_export.passes` cuts every step's graph out of it. Its inputs and outputs:
+
+    in   latent            float32[batch, C, H, W], before guidance doubles the rows
+    in   <condition>       such as labels, int64[batch]
+    in   step.<constant>   float32[1, ...], everything that derives from the timestep alone
+    in   cfg               float32[], the guidance scale; absent where there is no guidance (a scale of 1)
+    out  model_output      float32[batch, C, H, W], after guidance, without the channels of a learned variance
+    out  cache.<branch>    float32[rows, ...], before the gate; rows = 2 batch under guidance
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hcompress.adapter import Adapter, Condition
+from hcompress_export.passes import name_batch, name_weights_by_content
+
+OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
+
+
+def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
+    """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided`."""
+    device = adapter.device
+    latent = torch.zeros(3, *adapter.sample_shape, device=device)  # 3: torch.export takes 0 and 1 for constants
+    condition = dict(adapter.label_condition([0, 0, 0]))
+    constants = adapter.step_constants(torch.zeros(1, device=device))
+    scale = () if cfg == 1.0 else (torch.tensor(cfg, device=device),)
+    batch = {0: torch.export.Dim("batch", min=1, max=1 << 20)}
+    names = ["latent", *condition, *(f"step.{name}" for name in constants), *["cfg"][: len(scale)]]
+    with _quiet_exporter(), torch.no_grad(), _HalvesBySlicing():
+        # Exported here and not inside torch.onnx.export, which silently falls back to a fixed batch size.
+        program = torch.export.export(
+            _Exposed(adapter).eval(),
+            (latent, condition, constants, *scale),
+            dynamic_shapes=(batch, dict.fromkeys(condition, batch), dict.fromkeys(constants), *(None for _ in scale)),
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=names,
+            output_names=["model_output", *(f"cache.{name}" for name in adapter.graph.names)],
+            verbose=False,
+        )
+    model = cast(Any, exported).model
+    name_batch(model)
+    name_weights_by_content(model)
+    return model
+
+
+class _Exposed(nn.Module):
+    """`Adapter.guided` that also returns what every branch gave, in branch order."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(
+        self, latent: Tensor, condition: Condition, constants: dict[str, Tensor], cfg: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        exposed: dict[int, Tensor] = {}
+
+        def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
+            exposed[branch] = evaluate()
+            return exposed[branch]
+
+        scale = 1.0 if cfg is None else cast(float, _Scale(cfg))
+        output = self.adapter.guided(latent, condition, constants, scale, route)
+        channels = self.adapter.sample_shape[0]
+        output = output if output.shape[1] == channels else output[:, :channels]
+        return output, *(exposed[branch] for branch in sorted(exposed))
+
+
+class _Scale:
+    """A guidance scale that is only known when the graph runs. It equals no number, so `guided` doubles the rows."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __mul__(self, other: Tensor) -> Tensor:
+        return self.value * other
+
+
+class _HalvesBySlicing(TorchFunctionMode):
+    """Traces `x.chunk(2)` as two slices: torch.export cannot prove that 2 B rows make two chunks whatever B is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.chunk and args[1:] == (2,) and not kwargs:
+            half = args[0].shape[0] // 2
+            return args[0][:half], args[0][half:]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what torch 2.13's exporter says on every call and nobody can act on."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

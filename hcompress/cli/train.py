@@ -1,0 +1,80 @@
+"""`hcompress train`: learn when and where a model may reuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Run folder; schedule.safetensors is left there.", show_default=False)],
+    solver: Annotated[str | None, typer.Option(help="ddim, dpm++, unipc, ...")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps T.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    target_cur: Annotated[float | None, typer.Option(help="Steer beta to this cache utilisation ratio.")] = None,
+    target_speedup: Annotated[float | None, typer.Option(help="Steer beta to this ratio of MACs.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Fixed beta, the paper's protocol.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of router, noises and labels.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe or a YAML file.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Override: caching.lr=0.05")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where --out left off.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Learn a schedule for MODEL with HarmoniCa. Ctrl-C loses nothing; --resume goes on.
+
+    Example: hcompress train zoo:fashion-dit --solver ddim --steps 20 --cfg 1.5 --target-cur 0.4 --out runs/first
+    """
+    from hcompress.recipe import find, resolve
+
+    flags = {
+        "model": model,
+        "solver.name": solver,
+        "solver.steps": steps,
+        "cfg": cfg,
+        "seed": seed,
+        "caching.beta": beta,
+        "caching.target_cur": target_cur,
+        "caching.target_speedup": target_speedup,
+    }
+    resolved = resolve(find(recipe) if recipe else None, flags, sets or [])
+    if dry_run:
+        from hcompress.report.forecast import forecast
+
+        plan = forecast(resolved, device)
+        print(json.dumps(plan) if as_json else "\n".join(f"{key:22} {value}" for key, value in plan.items()))
+        return
+    from hcompress.report.progress import TrainingDisplay
+    from hcompress.train import train as run
+
+    display = TrainingDisplay(resolved.caching.trajectories)
+    try:
+        with display:
+            schedule = run(
+                resolved,
+                out,
+                resume=resume,
+                device=device,
+                on_start=display.start,
+                on_progress=display.show,
+            )
+    except KeyboardInterrupt:
+        print(f"stopped; all but the last trajectory is in {out}: add --resume to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    method = schedule.method
+    result = {
+        "schedule": str(out / "schedule.safetensors"),
+        "cur": schedule.cur,
+        "mac_ratio": method["mac_ratio"],
+        "beta": method["final_beta"],
+        "unpolarised": display.last.unpolarised if display.last else None,
+        "score_db": display.score_db,
+    }
+    print(json.dumps(result) if as_json else f"{result['schedule']}  CUR {100 * schedule.cur:.1f} %, "
+          f"MACs / {method['mac_ratio']:.2f}")  # fmt: skip

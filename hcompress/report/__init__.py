@@ -1,0 +1,1 @@
+"""What people look at: progress, tables, pictures, pages; and the measurements behind them."""

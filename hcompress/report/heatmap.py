@@ -1,0 +1,55 @@
+"""A schedule as a picture: one row a model call, one column a branch; dark computed, light reused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.text import Text
+
+from hcompress.schedule import Schedule
+
+COMPUTED, REUSED = "#1f4e79", "#dce9f5"
+
+
+def terminal_grid(schedule: Schedule) -> Text:
+    """The grid as coloured blocks, a line a call, with the number of branches computed at the end."""
+    kinds = sorted({name.rpartition(".")[2] for name in schedule.names})
+    columns = [[i for i, name in enumerate(schedule.names) if name.rpartition(".")[2] == kind] for kind in kinds]
+    text = Text("call  " + "  ".join(f"{kind:{len(c)}}" for kind, c in zip(kinds, columns, strict=True)) + "\n")
+    for call, row in enumerate(schedule.compute):
+        text.append(f"{call:4}  ")
+        for indices in columns:
+            for index in indices:
+                text.append("█" if row[index] else "·", style=COMPUTED if row[index] else "grey62")
+            text.append("  ")
+        text.append(f"{int(row.sum()):3}\n")
+    return text
+
+
+def save_heatmap(schedule: Schedule, path: Path) -> None:
+    """Write the grid as a PNG; where logits are known, shades between show how sure the router was."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import LinearSegmentedColormap
+
+    calls, branches = schedule.compute.shape
+    values = schedule.compute.astype(float)
+    figure, axes = pyplot.subplots(figsize=(1.8 + 0.24 * branches, 1.4 + 0.24 * calls), layout="constrained")
+    axes.imshow(values, cmap=LinearSegmentedColormap.from_list("reuse", [REUSED, COMPUTED]), vmin=0, vmax=1)
+    axes.set_xticks(range(branches), schedule.names, rotation=90, fontsize=7)
+    axes.set_yticks(range(calls), [str(call) for call in range(calls)], fontsize=7)
+    axes.set_xticks(np.arange(-0.5, branches), minor=True)
+    axes.set_yticks(np.arange(-0.5, calls), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("model call (first at the top)")
+    axes.set_title(
+        f"{schedule.identity.model}: computed dark, reused light, CUR {100 * schedule.cur:.1f} %", fontsize=9
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

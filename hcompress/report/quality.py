@@ -1,0 +1,94 @@
+"""How good a schedule's samples are, and what they cost: the rows of every comparison.
+
+Paired figures compare each sample with the uncached one from the same noise: no network, no sampling error.
+Distribution figures are the model's own offline metrics (hcompress.metrics), each beside its real-vs-real floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hcompress.metrics.fashion import fashion_metrics
+from hcompress.metrics.paired import psnr_db, relative_l2, ssim
+from hcompress.sampling import sample_seeded
+from hcompress.setting import Setting
+
+SSIM_WINDOW = 11
+
+
+def balanced_labels(setting: Setting, count: int) -> list[int]:
+    """`count` labels, round robin over the classes, so that every class is asked for equally often."""
+    classes = getattr(setting.adapter, "num_classes", 1)
+    return [index % classes for index in range(count)]
+
+
+def generate(
+    setting: Setting,
+    count: int,
+    seed: int,
+    compute: NDArray[np.bool_] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """`count` samples [count, C, H, W] of balanced labels from the streams 0 .. count-1 of `seed`; None = uncached."""
+    return sample_seeded(
+        setting.adapter,
+        setting.table,
+        balanced_labels(setting, count),
+        seed=seed,
+        cfg=setting.cfg,
+        compute=compute,
+        progress=progress,
+    )
+
+
+def paired(samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """psnr_db, ssim (where the samples are large enough) and relative_l2 against the uncached `reference`."""
+    figures = {"psnr_db": psnr_db(samples.clamp(-1, 1), reference.clamp(-1, 1))}
+    if min(samples.shape[-2:]) >= SSIM_WINDOW:
+        figures["ssim"] = ssim(samples.clamp(-1, 1), reference.clamp(-1, 1))
+    return figures | {"relative_l2": relative_l2(samples, reference)}
+
+
+def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
+    """FD-64, accuracy, precision and recall with their floors; empty for models that have no offline metrics."""
+    if not setting.model.name.startswith("zoo:fashion"):
+        return {}
+    import torch
+
+    measured = fashion_metrics(samples, torch.tensor(balanced_labels(setting, len(samples))))
+    return {name: value for name, value in vars(measured).items() if name != "num_samples"}
+
+
+def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
+    """cur, macs of one sample (guidance counted twice) and mac_ratio, dense over cached."""
+    graph = setting.adapter.graph
+    passes = 1 if setting.cfg == 1.0 else 2
+    return {
+        "cur": float(1 - compute.mean()),
+        "macs": passes * graph.total_macs(compute),
+        "mac_ratio": graph.mac_ratio(compute),
+    }
+
+
+def evaluate(
+    setting: Setting,
+    compute: NDArray[np.bool_],
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """One schedule against the uncached model: {"cached": {...}, "uncached": {...}, "num_samples", "seed"}."""
+    reference = generate(setting, count, seed, None, lambda done: progress("uncached", done))
+    samples = generate(setting, count, seed, compute, lambda done: progress("cached", done))
+    everything = np.ones_like(compute)
+    return {
+        "cached": paired(samples, reference) | distribution(setting, samples) | cost(setting, compute),
+        "uncached": distribution(setting, reference) | cost(setting, everything),
+        "num_samples": count,
+        "seed": seed,
+    }

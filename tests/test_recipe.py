@@ -1,0 +1,181 @@
+"""Recipes: what resolves, resolves again to the same; what does not fit is one line that names the key."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hcompress.errors import RecipeError
+from hcompress.recipe import GOALS, Recipe, _keys, dump, find, first_difference, resolve, schema, shipped
+
+MODEL = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
+SECTIONS = {key.rpartition(".")[0] for key in _keys(Recipe)} - {""}
+SETTINGS = [key for key in _keys(Recipe) if key not in SECTIONS]
+
+
+def value_at(recipe, path):
+    for part in path.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def read_back(folder, recipe):
+    file = folder / "recipe.yaml"
+    file.write_text(dump(recipe))
+    return resolve(file)
+
+
+@settings(deadline=None)  # the first call imports, and CI is a busy machine
+@given(
+    model=st.one_of(st.sampled_from(["7e-8", "no", "null", "1", "a: b", "# c", " "]), st.text(max_size=8)),
+    steps=st.integers(2, 1000),
+    cfg=st.floats(0, 1e9),
+    goal=st.sampled_from([{"caching.beta": 7e-8}, {"caching.target_cur": 0.4}, {"caching.target_speedup": 1.6}]),
+    init=st.one_of(st.just("normal"), st.floats(-5, 5)),
+    refresh=st.one_of(st.none(), st.integers(1, 50)),
+)
+def test_a_dumped_recipe_resolves_to_an_equal_one(tmp_path_factory, model, steps, cfg, goal, init, refresh):
+    whole = refresh and refresh * steps
+    flags = {"model": model, "solver.steps": steps, "cfg": cfg, "caching.init": init, "caching.refresh": whole} | goal
+    recipe = resolve(None, flags)
+    assert recipe.caching.refresh % steps == 0
+    again = read_back(tmp_path_factory.mktemp("recipe"), recipe)
+    assert again == recipe
+    assert first_difference(again, recipe) is None
+
+
+def test_sets_override_flags_override_the_file_overrides_defaults(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ncfg: 2.0\nsolver: {name: unipc, steps: 8}\ncaching: {beta: 1e-7, lr: 0.5}\n")
+    recipe = resolve(file, {"cfg": 3.0, "solver.steps": 9, "model": None}, ["cfg=4", "caching.lr=1e-2"])
+    assert (recipe.model, recipe.cfg, recipe.seed) == ("m", 4.0, 0)
+    assert (recipe.solver.name, recipe.solver.steps) == ("unipc", 9)
+    assert (recipe.caching.lr, recipe.caching.beta) == (0.01, 1e-7)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_later_goal_replaces_an_earlier_one(tmp_path, goal):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ncaching: {target_cur: 0.3}\n")
+    value = {"caching.beta": 2e-8, "caching.target_cur": 0.4, "caching.target_speedup": 1.5}[goal]
+    for recipe in (resolve(file, {goal: value}), resolve(file, {}, [f"{goal}={value}"])):
+        assert [value_at(recipe, other) for other in GOALS if other != goal] == [None, None]
+        assert value_at(recipe, goal) == value
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_every_misspelt_setting_is_refused_with_the_right_one(key):
+    """A letter lost at the end, two swapped at the front: the nearest key is the one that was meant."""
+    section, dot, name = key.rpartition(".")
+    for misspelt in {name[:-1], name[1] + name[0] + name[2:]} - {name}:
+        with pytest.raises(
+            RecipeError, match=f"unknown key '{section}{dot}{misspelt}'; did you mean '{key}'"
+        ) as caught:
+            resolve(None, MODEL, [f"{section}{dot}{misspelt}=1"])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key in SETTINGS if "." in key and not key.endswith(".name")])
+def test_a_setting_outside_its_section_is_pointed_home(key):
+    with pytest.raises(RecipeError, match=f"did you mean '{key}'"):
+        resolve(None, MODEL, [f"{key.rpartition('.')[2]}=1"])
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_every_setting_refuses_a_list_by_its_path(key):
+    with pytest.raises(RecipeError, match=rf"^{key} = \[1, 2\] should be ") as caught:
+        resolve(None, MODEL, [f"{key}=[1, 2]"])
+    assert "\n" not in str(caught.value)
+
+
+REFUSED = {
+    "solver.steps=1": "one step has nothing to reuse",
+    "solver.steps=20.5": "solver.steps = 20.5 should be a valid integer",
+    "solver.steps=yes": "solver.steps = True should be a valid integer",
+    "solver=ddim": "solver = 'ddim' should be a section",
+    "caching=": "caching = None should be a section",
+    "caching.lr=fast": "caching.lr = 'fast' should be a valid number",
+    "caching.target_cur=0.951": r"out of reach.*ceiling is 19/20 = 0\.950",
+    "caching.target_cur=": "exactly one of beta, target_cur and target_speedup .got none",
+    "caching.proxy=paper": "caching.proxy = 'paper' should be 'leave_one_out' or 'cumulative'",
+    "caching.init=zero": "caching.init = 'zero' should be",
+    "caching.refresh=30": "caching.refresh = 30 is no multiple of 20 steps; use 40",
+    "caching.refresh=7": "use 20",
+    "cfg=.nan": "cfg = nan should be a finite number",
+    "seed=-1": "seed = -1 should be greater than or equal to 0",
+    "model=": "model = None should be a valid string",
+    "caching": "write KEY=VALUE",
+    "cfg=[": "not a YAML value",
+    "caching.no_such_thing_at_all=1": "known here: method, beta",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(setting):
+    with pytest.raises(RecipeError, match=REFUSED[setting]) as caught:
+        resolve(None, MODEL, [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_two_goals_at_once_and_no_model_are_refused():
+    with pytest.raises(RecipeError, match="got beta and target_cur"):
+        resolve(None, MODEL, ["caching.beta=1e-8", "caching.target_cur=0.4"])
+    with pytest.raises(RecipeError, match="model is not set; give zoo:NAME"):
+        resolve(None, {}, ["caching.beta=1e-8"])
+
+
+@settings(deadline=None)
+@given(steps=st.integers(2, 200))
+def test_the_ceiling_itself_is_in_reach(steps):
+    assert resolve(None, MODEL | {"solver.steps": steps, "caching.target_cur": (steps - 1) / steps})
+
+
+BROKEN_FILES = {
+    "cfg: [1\nseed: 0\n": r"r\.yaml line 2 is not YAML",
+    "- a\n- b\n": "holds a list",
+    "\x00": "is not a text file",
+    "solver: ddim\n": "should be a section",
+    "1: 2\n": "unknown key '1'",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN_FILES)
+def test_a_broken_file_is_refused_in_one_line(tmp_path, text):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=BROKEN_FILES[text]) as caught:
+        resolve(file, MODEL | {"solver.steps": 4})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean fashion-dit_ddim20_harmonica"):
+        find("fashion-dit-ddim20-harmonica")
+    with pytest.raises(RecipeError, match="hcompress recipes list"):
+        find(tmp_path)
+    with pytest.raises(RecipeError, match="No such file"):
+        resolve(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
+    file = find(name)
+    recipe = resolve(file)
+    solver = f"{recipe.solver.name}{recipe.solver.steps}"
+    assert name.startswith(f"{recipe.model.removeprefix('zoo:')}_{solver}_{recipe.caching.method}")
+    head = file.read_text().partition("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"--recipe {name}" in head
+
+
+def test_the_first_difference_is_named():
+    recipe = resolve(None, MODEL)
+    assert first_difference(recipe, resolve(None, MODEL | {"cfg": 4.0})) == "cfg: 1.5 != 4.0"
+    faster = resolve(None, MODEL | {"caching.lr": 0.1, "seed": 3})
+    assert first_difference(recipe, faster) == "caching.lr: 0.01 != 0.1"
+
+
+def test_the_schema_describes_every_setting():
+    described = json.loads(schema())
+    assert set(described["properties"]) == set(Recipe.model_fields)

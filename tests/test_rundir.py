@@ -1,0 +1,101 @@
+"""A run's folder: nothing is overwritten, nothing of another recipe is resumed, no metric appears twice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hcompress.errors import RunError
+from hcompress.recipe import resolve
+from hcompress.rundir import open_run
+
+RECIPE = resolve(None, {"model": "zoo:fashion-dit", "caching.target_cur": 0.4})
+
+
+def test_a_new_run_records_its_recipe_and_its_machine(tmp_path):
+    run = open_run(tmp_path / "runs" / "a", RECIPE)
+    assert resolve(run.recipe) == RECIPE
+    env = json.loads((run.path / "env.json").read_text())
+    assert env["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert env["packages"]["hcompress"] and env["packages"]["numpy"]
+    assert sorted(os.listdir(run.path)) == ["env.json", "recipe.yaml"]
+    assert {file.parent for file in (run.checkpoint, run.schedule, run.metrics)} == {run.path}
+
+
+def test_a_folder_in_use_is_refused_unless_resumed(tmp_path):
+    open_run(tmp_path, RECIPE)
+    with pytest.raises(RunError, match="is not empty; pass --resume or another --out"):
+        open_run(tmp_path, RECIPE)
+    assert open_run(tmp_path, RECIPE, resume=True).path == tmp_path
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, resume):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    with pytest.raises(RunError, match="another --out"):
+        open_run(tmp_path, RECIPE, resume=resume)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, resume):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="Not a directory"):
+        open_run(tmp_path / "run", RECIPE, resume=resume)
+
+
+def test_another_recipe_is_not_resumed(tmp_path):
+    open_run(tmp_path, RECIPE)
+    other = resolve(None, {"model": "zoo:fashion-dit", "caching.target_cur": 0.4, "solver.steps": 10})
+    with pytest.raises(RunError, match=r"solver\.steps: 20 != 10"):
+        open_run(tmp_path, other, resume=True)
+    assert resolve(tmp_path / "recipe.yaml") == RECIPE
+
+
+@pytest.mark.parametrize("remains", [[], ["env.json"], [".env.json.part"], ["env.json", ".recipe.yaml.part"]])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_start_that_was_killed_is_started_again(tmp_path, remains, resume):
+    for name in remains:
+        (tmp_path / name).write_text("{")
+    run = open_run(tmp_path, RECIPE, resume=resume)
+    assert resolve(run.recipe) == RECIPE
+    assert json.loads((run.path / "env.json").read_text())
+
+
+def test_metrics_come_back_in_order_and_rewind_drops_the_rest(tmp_path):
+    run = open_run(tmp_path, RECIPE)
+    assert run.records() == []
+    run.rewind(3)
+    for step in range(5):
+        run.log({"step": step, "loss": 1 / 3})
+    run.rewind(3)
+    run.log({"step": 3})
+    assert [record["step"] for record in run.records()] == [0, 1, 2, 3]
+    assert run.records()[0]["loss"] == 1 / 3
+
+
+def test_a_line_cut_short_by_a_kill_is_forgotten(tmp_path):
+    run = open_run(tmp_path, RECIPE)
+    run.log({"step": 0})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 1, "lo')
+    assert run.records() == [{"step": 0}]
+    run.rewind(1)
+    run.log({"step": 1})
+    assert run.records() == [{"step": 0}, {"step": 1}]
+
+
+def test_what_was_logged_survives_a_kill(tmp_path):
+    log_then_die = """
+import os, signal, sys
+from pathlib import Path
+from hcompress.rundir import RunDir
+
+RunDir(Path(sys.argv[1])).log({"step": 7})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = open_run(tmp_path, RECIPE)
+    subprocess.run([sys.executable, "-c", log_then_die, tmp_path], check=False)
+    assert run.records() == [{"step": 7}]
