@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ def import_schedule(
 
     Raises ScheduleError where the file is absent, damaged, of an unknown kind or for another model or number of steps.
     """
+    if not 0 < threshold < 1:
+        raise ScheduleError(f"a threshold of {threshold} is outside 0 to 1; the routers were published with 0.1")
     path = Path(path)
     content = _read(path)
     kind = kind or _kind(content)
@@ -62,7 +65,7 @@ def import_schedule(
             always = np.arange(len(logits))[::-1] % 2 == 1
         always[0] = True
         logits[always] = PINNED
-        compute = (1 / (1 + np.exp(-logits.astype(np.float64))) > threshold) | always[:, None]
+        compute = (logits > math.log(threshold / (1 - threshold))) | always[:, None]
     steps = identity.solver.get("steps", len(compute))
     if len(compute) != steps:
         raise ScheduleError(f"{path} is for {len(compute)} steps, not {steps}; pass the number it was made for")
@@ -105,12 +108,11 @@ def _kind(content: Mapping[str, Any]) -> str | None:
 
 def _logits(content: Mapping[str, Any], names: Sequence[str], path: Path) -> NDArray[np.float32]:
     """float32[T, N], row 0 executed first. Columns are attention, MLP of each block, as in the adapter of DiT."""
-    routers = content.get("routers")
-    rows = range(len(routers) if isinstance(routers, Mapping) else 0)
     try:
-        ascending = [routers[f"{row}.prob"].detach().float().numpy() for row in rows]
+        routers = content["routers"]
+        ascending = [routers[f"{row}.prob"].detach().float().numpy() for row in range(len(routers))]
     except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ScheduleError(f"{path} lacks or garbles row {error}; a router has '0.prob', '1.prob', ...") from error
+        raise ScheduleError(f"{path} lacks or garbles {error}; a router has '0.prob', '1.prob', ...") from error
     widths = {row.shape for row in ascending}
     if widths != {(len(names),)}:
         got = ", ".join(str(list(width)) for width in sorted(widths)) or "none"

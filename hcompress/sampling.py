@@ -13,12 +13,12 @@ from collections.abc import Callable, MutableMapping, Sequence
 
 import numpy as np
 import torch
-from hcompress_runtime.noise import gaussian
-from hcompress_runtime.table import SolverTable
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
+from hcompress_runtime.noise import gaussian
+from hcompress_runtime.table import SolverTable
 
 Slots = MutableMapping[int, Tensor]
 """Branch index -> the output it computed last, before the gate."""

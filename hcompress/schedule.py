@@ -32,6 +32,8 @@ class Identity:
     weight_hash: SHA-256 of its weights as float32; None in imported schedules, which do not record one
     solver:      class, steps and config hash of the diffusers scheduler
     cfg:         guidance scale
+
+    Raises TypeError where solver or hashes are something else, as a tampered file may have it.
     """
 
     model: str
@@ -39,6 +41,11 @@ class Identity:
     weight_hash: str | None
     solver: dict[str, Any]
     cfg: float | None
+
+    def __post_init__(self) -> None:
+        hashes = (self.config_hash, self.weight_hash)
+        if not isinstance(self.solver, dict) or not all(isinstance(value, str | None) for value in hashes):
+            raise TypeError("an identity whose solver is no dict or whose hashes are no text")
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ class Schedule:
             raise ScheduleError(f"row 0 reuses {first!r}, but nothing is cached before the first call")
         if self.logits is not None and self.logits.shape != mask.shape:
             raise ScheduleError(f"`logits` {list(self.logits.shape)} and `compute` {list(mask.shape)} differ in shape")
+        if self.logits is not None and self.logits.dtype != np.float32:
+            raise ScheduleError(f"`logits` must be float32[T, N], got {self.logits.dtype}")
         if self.logits is not None and not np.isfinite(self.logits).all():
             raise ScheduleError("`logits` holds NaN or infinity; the file is damaged or its training diverged")
 
@@ -140,10 +149,18 @@ class Schedule:
             raise ScheduleError(
                 f"{path} is truncated or not a safetensors file ({error}); copy or re-learn it"
             ) from error
+        except (TypeError, AttributeError) as error:  # bfloat16, float8: numpy has no such type
+            raise ScheduleError(
+                f"{path} holds a tensor of a type that no schedule has ({error}); copy it again"
+            ) from error
         if metadata.get("format") != FORMAT:
             raise ScheduleError(f"{path} is not a schedule of this version (format {metadata.get('format')!r})")
         try:
             described = json.loads(metadata["schedule"])
+            if not isinstance(described["method"], dict) or not all(
+                isinstance(name, str) for name in described["names"]
+            ):
+                raise TypeError("its method or names")
             return Schedule(
                 compute=tensors["compute"],
                 names=tuple(described["names"]),

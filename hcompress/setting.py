@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hcompress_runtime.table import SolverTable
 
 from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
@@ -19,6 +18,7 @@ from hcompress.recipe import Recipe, resolve
 from hcompress.rundir import RunDir
 from hcompress.schedule import Identity, Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
+from hcompress_runtime.table import SolverTable
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -25,11 +25,14 @@ from hcompress.files import sha256, write_atomically
 from hcompress.sampling import constants_of
 from hcompress.schedule import Identity, Schedule
 from hcompress_export.freeze import freeze
-from hcompress_export.passes import INLINE_BYTES, Region, move_weights_out, step_graph
+from hcompress_export.passes import move_weights_out, step_graph
 from hcompress_export.trace import OPSET, trace
-from hcompress_runtime.bundle import CONSTANTS, FORMAT, GRAPHS, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
+from hcompress_export.weights import in_order, write_weights
+from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
+from hcompress_runtime.plan import Pattern, Plan
 from hcompress_runtime.table import SolverTable
 
+SCHEDULE = "schedule.safetensors"
 TOOLS = ("hcompress", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -57,44 +60,55 @@ def export_bundle(
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
     plan = freeze(adapter.graph, compute)
     with _replacing(Path(out)) as folder:
-        traced = trace(adapter, cfg, opset=opset)
-        graphs = {pattern: step_graph(traced, pattern) for pattern in plan.patterns}
-        regions = _write_weights(folder / WEIGHTS, graphs.values())
-        files, graph_of = {}, {}
-        for pattern, model in graphs.items():
-            weights = sum(regions[name].length for name in model.graph.initializers if name in regions)
-            move_weights_out(model, regions, Path(WEIGHTS).name)
-            content = ir.to_proto(model).SerializeToString(deterministic=True)
-            graph_of[pattern] = f"{GRAPHS}/{hashlib.sha256(content).hexdigest()[:16]}.onnx"
-            files[graph_of[pattern]] = {"nodes": model.graph.num_nodes(), "weight_bytes": weights}
-            write_atomically(folder / graph_of[pattern], content)
+        graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
-            schedule.save(folder / "schedule.safetensors")
+            schedule.save(folder / SCHEDULE)
+            write_atomically(folder / SCHEDULE, in_order((folder / SCHEDULE).read_bytes()))
+        frozen = plan.to_json()
         manifest = {
             "format": FORMAT,
             "identity": asdict(identity),
             "method": schedule.method if schedule else {"name": "dense"},
             "cur": float(1 - compute.mean()),
             "mac_ratio": adapter.graph.mac_ratio(compute),
-            "sample_shape": list(adapter.sample_shape),
+            "sample_shape": adapter.sample_shape,
             "dtype": "float32",
             "guidance": _guidance(adapter, cfg),
-            "conditions": {"labels": {"classes": int(adapter.num_classes)}},
+            "conditions": {"labels": {"classes": cast(Any, adapter).num_classes}},
             "opset": opset,
             "tools": {tool: version(tool) for tool in TOOLS},
-            "graphs": files,
-            "graph_of_step": [graph_of[step.pattern] for step in plan.steps],
-            "plan": plan.to_json(),
+            "branches": frozen["branches"],
+            "slots": frozen["slots"],
+            "steps": [
+                {"graph": file_of[step.pattern]} | plain
+                for step, plain in zip(plan.steps, frozen["steps"], strict=True)
+            ],
+            "graphs": graphs,
             "files": {
-                str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
+                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                for path in sorted(folder.rglob("*.*"))
             },
         }
         write_atomically(folder / MANIFEST, _readable(manifest).encode())
         inspect(folder)
     return open_bundle(out)
+
+
+def _write_graphs(folder: Path, traced: ir.Model, plan: Plan) -> tuple[dict[str, Any], dict[Pattern, str]]:
+    """Write weights, and a graph for each pattern; say what each graph file holds and which file runs a pattern."""
+    models = {pattern: step_graph(traced, pattern) for pattern in plan.patterns}
+    regions = write_weights(folder / WEIGHTS, models.values())
+    graphs, file_of = {}, {}
+    for pattern, model in models.items():
+        weight_bytes = sum(regions[name].length for name in model.graph.initializers if name in regions)
+        move_weights_out(model, regions, Path(WEIGHTS).name)
+        content = ir.to_proto(model).SerializeToString(deterministic=True)
+        file = f"{Path(WEIGHTS).parent}/{hashlib.sha256(content).hexdigest()[:16]}.onnx"
+        graphs[file] = {"nodes": model.graph.num_nodes(), "weight_bytes": weight_bytes}
+        file_of[pattern] = file
+        write_atomically(folder / file, content)
+    return graphs, file_of
 
 
 def _guidance(adapter: Adapter, cfg: float) -> dict[str, Any]:
@@ -113,59 +127,15 @@ def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
     return steps | {f"table.{name}": value for name, value in asdict(table).items()}
 
 
-def _write_weights(path: Path, models: Any) -> dict[str, Region]:
-    """Every tensor of at least INLINE_BYTES that some graph uses, once, as safetensors; says where each one lies.
-
-    Written here because graphs point into it by offset, and because models need not fit in memory twice.
-    """
-    tensors: dict[str, ir.TensorProtocol] = {}
-    for model in models:
-        for name, value in model.graph.initializers.items():
-            if value.const_value.nbytes >= INLINE_BYTES:
-                tensors[name] = value.const_value
-    # As the safetensors library does it: the widest types first, so that every tensor is aligned; then by name.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def content(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.tobytes())
-
-    write_atomically(path, content)
-    start = 8 + len(text)
-    spans = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: Region(start + begin, end - begin) for name, (begin, end) in spans.items()}
-
-
-_DTYPES = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.INT64: "I64",
-    ir.DataType.INT8: "I8",
-}
-
-
-def _readable(manifest: Mapping[str, Any]) -> str:
-    """JSON with a line for each entry, and for each entry of the long ones (steps, files, graphs)."""
-
-    def lines(value: Any, depth: int) -> str:
-        pad = "  " * depth
-        if depth < 3 and isinstance(value, dict) and value:
-            body = (f"{pad}{json.dumps(key)}: {lines(inner, depth + 1)}" for key, inner in value.items())
-            return "{\n" + ",\n".join(body) + f"\n{pad[2:]}}}"
-        if depth < 4 and isinstance(value, list) and value and isinstance(value[0], dict):
-            return "[\n" + ",\n".join(pad + json.dumps(inner) for inner in value) + f"\n{pad[2:]}]"
+def _readable(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each entry of the two outer levels: one for each step, graph and file."""
+    if depth == 2 or not isinstance(value, dict | list) or not value:
         return json.dumps(value)
-
-    return lines(manifest, 1) + "\n"
+    indent, outdent = "  " * (depth + 1), "  " * depth
+    if isinstance(value, dict):
+        body = [f"{indent}{json.dumps(key)}: {_readable(inner, depth + 1)}" for key, inner in value.items()]
+        return "{\n" + ",\n".join(body) + f"\n{outdent}}}"
+    return "[\n" + ",\n".join(f"{indent}{_readable(inner, 2)}" for inner in value) + f"\n{outdent}]"
 
 
 @contextmanager
@@ -190,3 +160,7 @@ def _replacing(out: Path) -> Iterator[Path]:
         raise RunError(f"cannot write {out}: {error.strerror}; what was there before is untouched") from error
     finally:
         _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -31,5 +31,7 @@ def freeze(graph: BranchGraph, compute: NDArray[np.bool_]) -> Plan:
         )
         for computed, kept in zip(compute, next_reuses, strict=True)
     )
-    slots = {branch.name: branch.shape for branch, reused in zip(graph.branches, ~compute.T, strict=True) if any(reused)}
+    slots = {
+        branch.name: branch.shape for branch, reused in zip(graph.branches, ~compute.T, strict=True) if any(reused)
+    }
     return Plan(graph.names, slots, steps)

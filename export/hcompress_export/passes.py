@@ -14,8 +14,6 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 
 from hcompress_runtime.plan import Pattern
 
-INLINE_BYTES = 512  # smaller tensors stay inside the graph
-
 
 @dataclass(frozen=True)
 class Region:
@@ -26,7 +24,7 @@ class Region:
 
 
 def step_graph(traced: ir.Model, pattern: Pattern) -> ir.Model:
-    """The graph of a step of `pattern`: absent branches absent, with all that only they used. `traced` stays as it is."""
+    """The graph of a step of `pattern`: absent branches and what only they used left out. Copies `traced`."""
     _, reads, writes = pattern
     model = traced.clone()
     expose(model, writes)
@@ -112,5 +110,5 @@ def move_weights_out(model: ir.Model, regions: Mapping[str, Region], file: str) 
             if tensor is None:
                 raise AssertionError(f"initializer {name} has no value")
             value.const_value = ir.ExternalTensor(
-                file, region.offset, region.length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+                file, region.offset, region.length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )

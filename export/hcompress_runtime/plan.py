@@ -17,7 +17,7 @@ assumes that a reused branch reads exactly one slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import Any
 
@@ -105,13 +105,13 @@ class Plan:
         return peak
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts; `from_json` reads them back."""
+        """Plain tuples and dicts; `from_json` reads them back, from JSON too."""
         return asdict(self)
 
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> Plan:
         """The plan that `to_json` described. Raises KeyError, TypeError or ValueError where it is none."""
-        steps = [Step(**{key: _names(value) for key, value in step.items()}) for step in plain["steps"]]
+        steps = [Step(*(_names(step[f.name]) for f in fields(Step))) for step in plain["steps"]]
         slots = {name: tuple(int(size) for size in shape) for name, shape in plain["slots"].items()}
         return Plan(_names(plain["branches"]), slots, tuple(steps))
 

@@ -34,12 +34,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from hcompress_runtime.table import SolverTable
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,19 +47,28 @@ from torch.nn import functional
 from hcompress.adapter import Adapter, Condition, Route, compute_all
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.sampling import Slots, constants_of, sample, solver_noises, start_noise
+from hcompress_runtime.table import SolverTable
 
 TRAINING_STREAMS, SCORING_STREAMS = 1 << 32, 1 << 33  # sample numbers that `generate` never reaches
 SENSITIVITY_MOMENTUM = 0.9  # of the running mean of each entry's curvature, in trajectories
 CURVATURE_FLOOR = 0.05  # least 1 - r by which a need is divided: above r = 0.95 it says little
-TINY = 1e-12  # least one-step error by which `sensitivity` divides
-INTEGRAL_GAIN = 0.02  # log beta a trajectory and unit of CUR error, once logits have had time to travel
+PAPER_EPS = 1e-8  # AdamW's default, as in the released code; a beta of 7e-8 feels it: gradients are no larger
+STEERED_EPS = 1e-16  # steering finds beta at any scale of lambda, so no gradient may drown in eps
+TINY = 1e-20  # least mean squared error by which anything is divided
+INTEGRAL_GAIN = 0.25  # log beta a trajectory and unit of CUR error, once logits have had time to travel
+LANDED, EXTENSION = 0.01, 1.25  # a steered run goes on to this multiple of its length until it is this near its goal
 
 
 class Ranks(Protocol):
     """What data-parallel training needs: this process's number, how many there are, and a mean over them."""
 
-    rank: int
-    world: int
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of `tensor` over all ranks."""
@@ -81,8 +90,8 @@ class OneProcess:
 class Progress:
     """What one trajectory did. CURs count T N entries; `unpolarised` is the share of r in (0.1, 0.9).
 
-    score_db is the PSNR of the *hard* schedule's samples against uncached ones on held-out noise, with the spread
-    of the uncached samples as peak; None between scorings.
+    score_db is the signal-to-noise ratio of the *hard* schedule's samples, the uncached ones being the signal, on
+    held-out noise; None between scorings.
     """
 
     trajectory: int
@@ -98,7 +107,7 @@ class Progress:
 class Router:
     """The logits with all that training them has to remember. T rows, one parameter each; row 0 is pinned.
 
-    need_curvature: float64[T, N]  running mean of -dL_MSE/dr / (1 - r)
+    need_curvature: float64[T, N]  running mean of -dMSE/dr / (1 - r), lambda left out since it jumps at a refresh
     lambdas:        float64[T]     IEPO's weights; row 0 has no loss
     """
 
@@ -109,7 +118,8 @@ class Router:
         table[0] = settings.clamp
         self.rows = nn.ParameterList([nn.Parameter(torch.from_numpy(row)) for row in table])
         self.rows[0].requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(list(self.rows)[1:], lr=settings.lr, weight_decay=0.0)
+        eps = PAPER_EPS if settings.beta is not None else STEERED_EPS
+        self.optimizer = torch.optim.AdamW(list(self.rows)[1:], lr=settings.lr, weight_decay=0.0, eps=eps)
         self.trajectory = 0
         self.beta = settings.beta or 0.0
         self.integral = 0.0
@@ -174,6 +184,8 @@ def fill_route(slots: Slots) -> Route:
 class Training:
     """One run of HarmoniCa on one adapter, solver and guidance scale."""
 
+    teacher_mode: Callable[[], AbstractContextManager[Any]] = torch.no_grad  # the released code builds a graph here
+
     def __init__(
         self,
         adapter: Adapter,
@@ -192,7 +204,7 @@ class Training:
     def run(self) -> Iterator[Progress]:
         """Train until the last trajectory, yielding after each; between yields `router.state()` is a checkpoint."""
         period = max(1, self.settings.refresh // self.table.num_calls)
-        while self.router.trajectory < self.settings.trajectories:
+        while not self.finished():
             number = self.router.trajectory
             condition, start, noises = self.draw(number)
             if number % period == 0:
@@ -200,41 +212,60 @@ class Training:
             loss, mse = self.walk(condition, start, noises)
             self.steer()
             self.router.trajectory = number + 1
-            scored = (number + 1) % period == 0 or number + 1 == self.settings.trajectories
+            scored = (number + 1) % period == 0 or self.finished()
             yield self.progress(loss, mse, self.score() if scored else None)
+
+    def finished(self) -> bool:
+        """Whether the wanted trajectories are done and, if steered, the hard schedule is where it was to land."""
+        done, wanted = self.router.trajectory, self.settings.trajectories
+        return done >= wanted and (self.settings.beta is not None or self.landed() or done >= EXTENSION * wanted)
+
+    def landed(self) -> bool:
+        """Whether the hard schedule meets the goal to one entry or LANDED, whichever is coarser."""
+        weights, wanted = self.goal()
+        return abs(self.reused(weights) - wanted) <= max(LANDED, weights.max() / 2)
+
+    def reused(self, weights: NDArray[np.float64]) -> float:
+        """What the hard schedule reuses, in the units of the goal."""
+        return float((weights * ~self.router.hard(self.settings.threshold)).sum())
 
     def draw(self, trajectory: int) -> tuple[Condition, Tensor, list[Tensor]]:
         """Conditions, x_T and solver noises of this rank's part of a trajectory."""
-        first = TRAINING_STREAMS + (trajectory * self.ranks.world + self.ranks.rank) * self.settings.batch
+        return self.draw_from(TRAINING_STREAMS + (trajectory * self.ranks.world + self.ranks.rank) * self.settings.batch)
+
+    def draw_from(self, first: int) -> tuple[Condition, Tensor, list[Tensor]]:
+        """One batch from the streams `first`, `first` + 1, ...; a sample's draw does not depend on the batch it is in."""
         streams = range(first, first + self.settings.batch)
-        rng = np.random.Generator(np.random.Philox(key=(self.seed, first), counter=(0, 0, 1, 0)))
-        condition = self.adapter.random_condition(rng, self.settings.batch)
+        keys = [np.random.Philox(key=(self.seed, stream), counter=(0, 0, 1, 0)) for stream in streams]
+        each = [self.adapter.random_condition(np.random.Generator(key), 1) for key in keys]
+        condition = {name: torch.cat([one[name] for one in each]) for name in each[0]}
         noises = solver_noises(self.adapter, self.table, self.seed, streams)
         return condition, start_noise(self.adapter, self.seed, streams), noises
 
     def walk(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> tuple[float, float]:
-        """SDT over one trajectory, one optimiser step a call. Returns the mean loss and the mean squared error."""
+        """SDT over one trajectory. Returns the mean loss and the mean squared error of its iterations."""
+        losses, errors = zip(*self.steps(condition, start, noises), strict=True)
+        return float(np.mean(losses)), float(np.mean(errors))
+
+    def steps(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> Iterator[tuple[float, float]]:
+        """The T-1 iterations of one trajectory, one optimiser step each, yielding loss and mean squared error."""
         slots: dict[int, Tensor] = {}
         with torch.no_grad():
             outputs = [self.denoise(0, start, condition, fill_route(slots))]
-        losses, errors = [], []
         for call in range(1, self.table.num_calls):
             x = self.table.combine(call, start, outputs, noises)
-            with torch.no_grad():
+            with self.teacher_mode():
                 target = self.denoise(call, x, condition, compute_all)
             theta = self.router.rows[call]
             r = torch.sigmoid(theta)
             scores = r.detach().numpy().astype(np.float64)
-            student = self.denoise(
-                call, x, condition, soft_route(r.to(x.device), scores > self.settings.threshold, slots)
-            )
+            keep = scores > self.settings.threshold
+            student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots))
             mse = functional.mse_loss(student, target)
             loss = float(self.router.lambdas[call]) * mse
             self.update(call, theta, loss, scores)
-            losses.append(loss.item() + self.router.beta * scores.sum())
-            errors.append(mse.item())
             outputs.append(student.detach())
-        return float(np.mean(losses)), float(np.mean(errors))
+            yield loss.item() + self.router.beta * float(scores.sum()), mse.item()
 
     def update(self, call: int, theta: nn.Parameter, loss: Tensor, scores: NDArray[np.float64]) -> None:
         """One optimiser step of row `call`: the error's gradient by autograd, the penalty's by hand."""
@@ -244,7 +275,8 @@ class Training:
         assert theta.grad is not None
         slope = torch.from_numpy(scores * (1 - scores)).to(theta.dtype)  # dr/dtheta
         gradient = self.ranks.mean(theta.grad)
-        curvature = -(gradient / slope).numpy() / np.maximum(1 - scores, CURVATURE_FLOOR)
+        weight = max(float(router.lambdas[call]), TINY)
+        curvature = -(gradient / slope).numpy() / weight / np.maximum(1 - scores, CURVATURE_FLOOR)
         momentum = SENSITIVITY_MOMENTUM if router.trajectory else 0.0
         router.need_curvature[call] = momentum * router.need_curvature[call] + (1 - momentum) * curvature
         theta.grad = gradient + router.beta * slope
@@ -309,15 +341,16 @@ class Training:
         if settings.beta is not None:
             return
         weights, wanted = self.goal()
-        reused = float((weights * ~router.hard(settings.threshold)).sum())
-        travel = math.log(1 / settings.threshold - 1) + settings.clamp  # farthest way of a logit, in units of lr
+        travel = 2 * math.log(1 / settings.threshold - 1)  # from the other side to the threshold, in units of lr
         if router.trajectory * settings.lr > travel:
-            router.integral += INTEGRAL_GAIN * (wanted - reused)
-        settled = np.maximum(router.need_curvature[1:], 0.0).ravel() * (1 - settings.threshold)
+            router.integral += INTEGRAL_GAIN * (wanted - self.reused(weights))
+        needs = router.lambdas[1:, None] * np.maximum(router.need_curvature[1:], 0.0)
+        settled = needs.ravel() * (1 - settings.threshold)
         order = np.argsort(settled)
         filled = np.cumsum(weights[1:].ravel()[order])
-        at = min(int(np.searchsorted(filled, wanted)), len(order) - 1)
-        router.beta = float(settled[order[at]]) * math.exp(router.integral)
+        last = int(np.argmin(np.abs(filled - wanted)))  # the last entry to be reused; beta goes between it and the next
+        between = settled[order[last : last + 2]]
+        router.beta = math.sqrt(float(between[0] * between[-1])) * math.exp(router.integral)
 
     def goal(self) -> tuple[NDArray[np.float64], float]:
         """Weight of each entry in the target, float64[T, N], and the sum of weights to be reused."""
@@ -329,18 +362,13 @@ class Training:
         return np.tile(self.adapter.graph.macs / total, (shape[0], 1)), 1 - 1 / self.settings.target_speedup
 
     def score(self) -> float:
-        """PSNR (dB) of the hard schedule against the uncached model on held-out noise; peak = spread of the latter."""
-        streams = range(SCORING_STREAMS, SCORING_STREAMS + self.settings.batch)
-        rng = np.random.Generator(np.random.Philox(key=(self.seed, SCORING_STREAMS)))
-        condition = self.adapter.random_condition(rng, self.settings.batch)
-        start = start_noise(self.adapter, self.seed, streams)
-        noises = solver_noises(self.adapter, self.table, self.seed, streams)
+        """Signal-to-noise ratio (dB) of the hard schedule's samples against uncached ones, on held-out noise."""
+        condition, start, noises = self.draw_from(SCORING_STREAMS)
         dense = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
         hard = self.router.hard(self.settings.threshold)
         cached = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises, compute=hard)
         error = functional.mse_loss(cached, dense).item()
-        peak = (dense.max() - dense.min()).item()
-        return 10 * math.log10(peak**2 / max(error, 1e-20))
+        return 10 * math.log10(dense.square().mean().item() / max(error, TINY))
 
     def progress(self, loss: float, mse: float, score_db: float | None) -> Progress:
         """This trajectory's figures, from the router as it stands."""

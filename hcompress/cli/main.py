@@ -16,6 +16,7 @@ import hcompress
 from hcompress.cli import recipes
 from hcompress.cli.doctor import doctor
 from hcompress.cli.eval import evaluate
+from hcompress.cli.import_ import import_
 from hcompress.cli.inspect import inspect
 from hcompress.cli.train import train
 from hcompress.errors import HcompressError
@@ -26,6 +27,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     # bench: here
     "inspect": inspect,
+    "import": import_,
     "doctor": doctor,
 }
 

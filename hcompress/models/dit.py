@@ -28,6 +28,7 @@ class DiT(Adapter):
     """Adapter of `DiTTransformer2DModel`. L tokens, D width, E distinct embedders (1 unless the copies differ)."""
 
     network: DiTTransformer2DModel
+    embedders: list[Any]
 
     def __init__(self, network: DiTTransformer2DModel) -> None:
         super().__init__()
@@ -63,12 +64,12 @@ class DiT(Adapter):
             modulation = block.norm1.linear(conditioning[self.embedder_of_block[index]])
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation[:, None].chunk(6, dim=2)  # [R, 1, D]
 
-            def attention(h: Tensor = h, block: nn.Module = block, s: Tensor = scale_a, b: Tensor = shift_a) -> Tensor:
+            def attention(h: Tensor = h, block: Any = block, s: Tensor = scale_a, b: Tensor = shift_a) -> Tensor:
                 return block.attn1(block.norm1.norm(h) * (1 + s) + b)
 
             h = gate_a * route(2 * index, attention) + h
 
-            def mlp(h: Tensor = h, block: nn.Module = block, s: Tensor = scale_m, b: Tensor = shift_m) -> Tensor:
+            def mlp(h: Tensor = h, block: Any = block, s: Tensor = scale_m, b: Tensor = shift_m) -> Tensor:
                 return block.ff(block.norm3(h) * (1 + s) + b)
 
             h = gate_m * route(2 * index + 1, mlp) + h

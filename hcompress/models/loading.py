@@ -74,13 +74,12 @@ def _find(name: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = ["transformer/*", "scheduler/*", "vae/*", "model_index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # HTTP, proxy, offline, disk, a name that the hub does not allow: no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{name} is no local folder and cannot be fetched from the hub ({reason}); "
             "pass the path of a downloaded diffusers folder instead"
@@ -92,4 +91,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is missing or not JSON ({error}); download or copy the model again") from error
-    return dict(config)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}, no configuration; download or copy the model again")
+    return config

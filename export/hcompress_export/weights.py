@@ -1,0 +1,69 @@
+"""One weight file for all graphs: each tensor once, readable as safetensors and, by offset, as ONNX external data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from hcompress.files import write_atomically
+from hcompress_export.passes import Region
+
+INLINE_BYTES = 512  # smaller tensors stay inside the graphs
+DTYPES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.INT64: "I64",
+    ir.DataType.INT8: "I8",
+}
+
+
+def write_weights(path: Path, models: Iterable[ir.Model]) -> dict[str, Region]:
+    """Write what the initializers of `models` hold to `path` and say where each one lies, by name.
+
+    Equal names must hold equal tensors (`passes.name_weights_by_content`). Written here and not by the safetensors
+    library because graphs point into the file, and because a model need not fit in memory twice.
+    """
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for model in models:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES:
+                tensors[name] = value.const_value
+    # The widest types first, as the library does it, so that every tensor is aligned; then by name.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        shape = [int(size) for size in tensor.shape.numpy()]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = _header(header)
+
+    def content(file: BinaryIO) -> None:
+        file.write(text)
+        for _, tensor in ordered:
+            file.write(tensor.tobytes())
+
+    write_atomically(path, content)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: Region(len(text) + begin, end - begin) for name, (begin, end) in spans.items()}
+
+
+def in_order(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order; the library leaves that to chance, and with it the hash."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    return _header(header) + content[end:]
+
+
+def _header(header: dict[str, Any]) -> bytes:
+    """The head of a safetensors file: length, then JSON padded to 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

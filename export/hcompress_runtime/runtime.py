@@ -1,0 +1,135 @@
+"""Run a bundle: a loop over its plan. Needs NumPy, safetensors and one backend; no torch, no diffusers.
+
+    runtime = Runtime("bundle")
+    images = runtime.generate([0, 1, 2], seed=0)     # float32[3, C, H, W], about [-1, 1]
+
+The numbers are those of `hcompress.sampling`: the same noise streams, the same solver table, the same slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcompress_runtime.bundle import Bundle, open_bundle
+from hcompress_runtime.engine import Engine, SlotValue
+from hcompress_runtime.errors import InputError
+from hcompress_runtime.noise import gaussian
+from hcompress_runtime.ort import OnnxRuntime
+
+PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
+OnStep = Callable[[int, NDArray[np.float32]], object]
+"""(call, x float32[B, C, H, W]): what call `call` is given; at `call` = T, the finished samples."""
+
+
+class Runtime:
+    """A bundle, loaded and ready to generate.
+
+    bundle:   a folder, or a Bundle that is already open
+    provider: "cpu" or "cuda", of ONNX Runtime
+    threads:  of one operator; None leaves it to the backend
+    prepack:  trade memory for speed, see hcompress_runtime.ort; None decides by the size of the weights
+
+    Every distinct graph is loaded here, once, so that the first sample takes no longer than the others and a graph
+    that cannot run is found out now. Raises BundleError, MissingExtra.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | Path | str,
+        provider: str = "cpu",
+        threads: int | None = None,
+        *,
+        prepack: bool | None = None,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        if prepack is None:
+            prepack = sum(self.bundle.weight_bytes.values()) <= PREPACK_LIMIT_BYTES
+        self.peak_cache_bytes = 0
+        """The most bytes that slots have held at once so far, measured."""
+        with ExitStack() as stack:
+            self.engines: dict[str, Engine] = {
+                file: stack.enter_context(
+                    OnnxRuntime(self.bundle.path / file, provider=provider, threads=threads, prepack=prepack)
+                )
+                for file in dict.fromkeys(self.bundle.graphs)
+            }
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engines."""
+        self.engines = {}
+        self._stack.close()
+
+    def generate(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        *,
+        batch: int = 16,
+        first: int = 0,
+        on_step: OnStep = lambda call, x: None,
+    ) -> NDArray[np.float32]:
+        """One sample for each label, float32[len(labels), C, H, W], in batches.
+
+        Sample i draws stream `first` + i of `seed`, whatever the batch. Raises InputError for labels, seeds and
+        batches that this bundle cannot take.
+        """
+        self._check(labels, seed, batch, first)
+        parts = [labels[begin : begin + batch] for begin in range(0, len(labels), batch)]
+        finished = [
+            self._generate(
+                np.array(part, np.int64), seed, range(first + batch * i, first + batch * i + len(part)), on_step
+            )
+            for i, part in enumerate(parts)
+        ]
+        return np.concatenate(finished)
+
+    def _generate(
+        self, labels: NDArray[np.int64], seed: int, streams: Sequence[int], on_step: OnStep
+    ) -> NDArray[np.float32]:
+        bundle, table = self.bundle, self.bundle.table
+        start = gaussian(seed, streams, bundle.sample_shape)
+        noises = [gaussian(seed, streams, bundle.sample_shape, draw=m + 1) for m in range(table.num_noises)]
+        slots: dict[str, SlotValue] = {}
+        outputs: list[NDArray[np.float32]] = []
+        for call, (step, file) in enumerate(zip(bundle.plan.steps, bundle.graphs, strict=True)):
+            x = table.combine(call, start, outputs, noises)
+            on_step(call, x)
+            engine = self.engines[file]
+            output, written = engine.infer(self._feeds(call, x, labels), slots)
+            outputs.append(output)
+            slots |= written
+            self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
+            for name in step.frees:
+                del slots[name]
+        x = table.combine(table.num_calls, start, outputs, noises)
+        on_step(table.num_calls, x)
+        return x
+
+    def _feeds(self, call: int, x: NDArray[np.float32], labels: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+        constants = {f"step.{name}": rows[call : call + 1] for name, rows in self.bundle.constants.items()}
+        return {"latent": x, "labels": labels, "cfg": np.array(self.bundle.cfg, np.float32), **constants}
+
+    def _check(self, labels: Sequence[int], seed: int, batch: int, first: int) -> None:
+        classes = self.bundle.num_classes
+        if not len(labels):
+            raise InputError("no labels; pass one for each sample, such as 0,1,2")
+        for label in labels:
+            if not 0 <= label < classes:
+                raise InputError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
+        if batch < 1:
+            raise InputError(f"batch {batch} should be 1 or more")
+        if seed < 0 or first < 0:
+            raise InputError(f"seed {seed} and first {first} number random streams; they should be 0 or more")

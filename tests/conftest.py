@@ -1,0 +1,108 @@
+"""A tiny model that every test may use, and one bundle of it that the deployment tests share.
+
+The model: DiT, 2 blocks of width 32, 16 tokens, 2x8x8 samples, 5 classes. Its weights are random and nothing is
+zero-initialised, so every branch moves the samples; the last layer is small, so samples stay of the order of 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from hcompress.adapter import Adapter
+    from hcompress.schedule import Identity, Schedule
+    from hcompress_runtime.table import SolverTable
+
+CALLS, CFG = 5, 1.5
+
+
+def make_dit(num_layers: int = 2, *, one_embedder: bool = True, out_channels: int = 2, seed: int = 0) -> Adapter:
+    """The tiny model; `one_embedder` ties the embedders of all blocks, as trained DiTs have it."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    from hcompress.models.dit import DiT
+
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=2,
+        out_channels=out_channels,
+        num_layers=num_layers,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_type="ada_norm_zero",
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        std = 0.01 if name.startswith("proj_out_2") else 0.1
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    if one_embedder:
+        for block in network.transformer_blocks:
+            block.norm1.emb = network.transformer_blocks[0].norm1.emb
+    return DiT(network)
+
+
+def make_table(solver: str = "ddim", calls: int = CALLS) -> tuple[SolverTable, dict[str, str | int]]:
+    """A solver at `calls` steps, and its identity."""
+    from hcompress.solver import make_scheduler, probe, solver_identity
+
+    scheduler = make_scheduler(solver, {"beta_schedule": "linear", "clip_sample": False})
+    return probe(scheduler, calls), solver_identity(scheduler, calls)
+
+
+def random_mask(calls: int, branches: int, *, reuse: float = 0.5, seed: int = 0) -> np.ndarray:
+    """bool[calls, branches], row 0 computed."""
+    mask = np.random.default_rng(seed).random((calls, branches)) >= reuse
+    mask[0] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter under a schedule, and the bundle at `path` that came of it."""
+
+    adapter: Adapter
+    table: SolverTable
+    identity: Identity
+    schedule: Schedule | None
+    path: Path
+
+
+def export(
+    path: Path, adapter: Adapter, mask: np.ndarray | None, *, solver: str = "ddim", cfg: float = CFG
+) -> Exported:
+    """Export `adapter` under `mask` (None: dense) to `path`."""
+    from hcompress.schedule import Schedule
+    from hcompress_export.bundle import export_bundle
+
+    table, solver_identity = make_table(solver)
+    identity = adapter.identity("tiny", solver_identity, cfg)
+    schedule = None if mask is None else Schedule(mask, adapter.graph.names, identity, {"name": "random"})
+    export_bundle(adapter, table, identity, path, cfg=cfg, schedule=schedule)
+    return Exported(adapter, table, identity, schedule, path)
+
+
+@pytest.fixture(scope="session")
+def tiny_dit() -> Adapter:
+    """The tiny model. Do not change it."""
+    return make_dit()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_dit: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A bundle of 5 steps in which steps 1 and 3 are one graph. Do not change its files; copy them."""
+    mask = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0]], bool)
+    return export(tmp_path_factory.mktemp("tiny") / "bundle", tiny_dit, mask)
+
+
+@pytest.fixture(scope="session")
+def tiny_dense_bundle(tiny_dit: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The dense counterpart of `tiny_bundle`."""
+    return export(tmp_path_factory.mktemp("tiny") / "dense", tiny_dit, None)

@@ -1,0 +1,213 @@
+"""Properties of every model family's adapter, held against the diffusers model it wraps, on tiny random models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hcompress.adapter import Adapter, compute_all, config_hash, weight_hash
+from hcompress.errors import InputError, ModelError
+from hcompress.models.dit import DiT
+
+
+def dit(**changes: object) -> DiTTransformer2DModel:
+    """Random weights, so that every block has timestep and label embeddings of its own."""
+    torch.manual_seed(0)
+    config = dict(num_layers=3, num_attention_heads=2, attention_head_dim=8, in_channels=4, sample_size=8)
+    return DiTTransformer2DModel(**config | {"num_embeds_ada_norm": 5} | changes).eval()
+
+
+def tied(network: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """All blocks with the embeddings of the first, as trained models have them."""
+    first, *others = (block.norm1.emb for block in network.transformer_blocks)
+    for other in others:
+        other.load_state_dict(first.state_dict())
+    return network
+
+
+MODELS = {
+    "dit": lambda: DiT(dit()),
+    "dit tied": lambda: DiT(tied(dit())),
+    "dit one block": lambda: DiT(dit(num_layers=1)),
+    "dit learned variance": lambda: DiT(tied(dit(out_channels=8, attention_head_dim=6))),
+    "dit pixels": lambda: DiT(tied(dit(in_channels=1, sample_size=12, patch_size=4, activation_fn="geglu"))),
+    "dit without attention bias": lambda: DiT(tied(dit(attention_bias=False, norm_elementwise_affine=True))),
+}
+
+
+@pytest.fixture(params=MODELS)
+def adapter(request: pytest.FixtureRequest) -> Adapter:
+    return MODELS[request.param]()
+
+
+def inputs(adapter: Adapter, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x [R, C, H, W], one timestep [R] and one condition a row."""
+    torch.manual_seed(rows)
+    condition = adapter.random_condition(np.random.default_rng(rows), rows)
+    return torch.randn(rows, *adapter.sample_shape), torch.randint(1000, (rows,)), dict(condition)
+
+
+def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """The diffusers model's own output."""
+    return adapter.network(x, timestep=timesteps, class_labels=condition["labels"]).sample
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_forward_is_bit_identical_to_diffusers(adapter: Adapter, rows: int) -> None:
+    x, timesteps, condition = inputs(adapter, rows)
+    got = adapter(x, condition, adapter.step_constants(timesteps), compute_all)
+    assert torch.equal(got, dense(adapter, x, timesteps, condition))
+
+
+def test_one_row_of_constants_serves_all_rows(adapter: Adapter) -> None:
+    x, timesteps, condition = inputs(adapter, 4)
+    one = adapter.step_constants(timesteps[:1])
+    assert all(rows.shape[0] == 1 for rows in one.values())
+    got = adapter(x, condition, one, compute_all)
+    want = dense(adapter, x, timesteps[:1].expand(4), condition)
+    # A matrix product of one row takes another path through the library than one of four: float32, eps 6e-8.
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_a_tied_model_computes_its_embedding_once(adapter: Adapter) -> None:
+    embeddings = [block.norm1.emb.state_dict() for block in adapter.network.transformer_blocks]
+    different = {tuple(float(tensor.double().sum()) for tensor in state.values()) for state in embeddings}
+    constants = adapter.step_constants(torch.tensor([3, 900]))["time_embedding"]
+    assert constants.shape[:2] == (2, len(different))
+
+
+def test_the_route_is_asked_for_every_branch_once_in_order_and_gets_its_slot_shape(adapter: Adapter) -> None:
+    x, timesteps, condition = inputs(adapter, 2)
+    asked: list[int] = []
+
+    def route(branch: int, compute):
+        output = compute()
+        asked.append(branch)
+        assert output.shape == (2, *adapter.graph.branches[branch].shape)
+        return output
+
+    adapter(x, condition, adapter.step_constants(timesteps), route)
+    assert asked == list(range(len(adapter.graph)))
+
+
+def test_a_slot_that_is_handed_back_replaces_its_branch(adapter: Adapter) -> None:
+    """With what a branch gave at x, reuse at x changes nothing; with what it gave at y, it does."""
+    x, timesteps, condition = inputs(adapter, 2)
+    constants = adapter.step_constants(timesteps)
+    want = adapter(x, condition, constants, compute_all)
+    slots: dict[Tensor, dict[int, Tensor]] = {x: {}, -x: {}}
+    for at, filled in slots.items():
+        adapter(at, condition, constants, lambda i, compute, filled=filled: filled.setdefault(i, compute()))
+    for branch in range(len(adapter.graph)):
+        got = [
+            adapter(x, condition, constants, lambda i, compute, filled=f, b=branch: filled[i] if i == b else compute())
+            for f in slots.values()
+        ]
+        assert torch.equal(got[0], want)
+        assert not torch.equal(got[1], want)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_macs_are_those_that_torch_counts(adapter: Adapter, rows: int) -> None:
+    """Every matrix product and convolution of a call, counted by torch while it runs: two operations a MAC.
+
+    Not in either count: normalisation, activations, softmax, gates and additions; and the timestep MLP, which runs
+    once a step for all samples and is a constant of the frozen step.
+    """
+    x, timesteps, condition = inputs(adapter, rows)
+    constants = adapter.step_constants(timesteps)
+    branches: dict[int, int] = {}
+
+    def counted(branch: int, compute):
+        with FlopCounterMode(display=False) as counter:
+            output = compute()
+        branches[branch] = counter.get_total_flops()
+        return output
+
+    with sdpa_kernel(SDPBackend.MATH):  # torch counts nothing in its fused attention on a CPU
+        with FlopCounterMode(display=False) as total:
+            adapter(x, condition, constants, compute_all)
+        adapter(x, condition, constants, counted)
+    graph = adapter.graph
+    assert [branches[i] for i in range(len(graph))] == [2 * rows * branch.macs for branch in graph.branches]
+    assert total.get_total_flops() == 2 * rows * (graph.other_macs + int(graph.macs.sum()))
+
+
+def test_mac_ratio_is_dense_over_cached(adapter: Adapter) -> None:
+    graph = adapter.graph
+    compute = np.ones((2, len(graph)), bool)
+    assert graph.mac_ratio(compute) == 1.0
+    compute[1] = False
+    whole = graph.other_macs + int(graph.macs.sum())
+    assert graph.total_macs(compute) == whole + graph.other_macs
+    assert graph.mac_ratio(compute) == 2 * whole / (whole + graph.other_macs) > 1
+
+
+def test_names_are_unique_and_follow_the_blocks(adapter: Adapter) -> None:
+    blocks = len(adapter.network.transformer_blocks)
+    assert adapter.graph.names == tuple(f"{block}.{kind}" for block in range(blocks) for kind in ("attn", "mlp"))
+
+
+def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Adapter) -> None:
+    x, timesteps, condition = inputs(adapter, 2)
+    constants = adapter.step_constants(timesteps[:1])
+    cond = adapter(x, condition, constants, compute_all)
+    uncond = adapter(x, adapter.null_condition(condition), constants, compute_all)
+    n = adapter.guided_channels
+    assert n == adapter.sample_shape[0] and not torch.equal(cond, uncond)
+    got = adapter.guided(x, condition, constants, 1.5)
+    # Two batches of 2 against one of 4: float32 products round differently (eps 6e-8).
+    tolerance = 1e-5 * cond.abs().max()
+    assert (got[:, :n] - (uncond + 1.5 * (cond - uncond))[:, :n]).abs().max() <= tolerance
+    assert torch.allclose(got[:, n:], cond[:, n:], rtol=0, atol=float(tolerance))
+    assert torch.equal(adapter.guided(x, condition, constants, 1.0), cond)
+
+
+def test_the_null_condition_is_one_past_the_last_label(adapter: Adapter) -> None:
+    condition = adapter.label_condition([0, 4])
+    assert adapter.null_condition(condition)["labels"].tolist() == [5, 5]
+    assert condition["labels"].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1000])
+def test_labels_out_of_range_are_refused(adapter: Adapter, label: int) -> None:
+    with pytest.raises(InputError, match=rf"label {label} is outside 0\.\.4"):
+        adapter.label_condition([0, label])
+
+
+def test_random_conditions_cover_the_classes_and_nothing_else(adapter: Adapter) -> None:
+    labels = adapter.random_condition(np.random.default_rng(0), 200)["labels"]
+    assert set(labels.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_the_network_is_frozen(adapter: Adapter) -> None:
+    assert not adapter.network.training
+    assert not any(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def test_identity_tells_configurations_and_weights_apart() -> None:
+    assert len({config_hash(make().config()) for make in MODELS.values()}) == len(MODELS) - 1  # dit and dit tied
+    assert len({weight_hash(make().network) for make in MODELS.values()}) == len(MODELS)
+    for make in MODELS.values():
+        assert make().identity("a", {}, 1.5) == make().identity("a", {}, 1.5)
+
+
+def test_the_weight_hash_is_of_float32_values() -> None:
+    network = dit()
+    before = weight_hash(network)
+    assert weight_hash(network.to(torch.float64)) == before
+    with torch.no_grad():
+        network.proj_out_2.bias[0] += 1e-3
+    assert weight_hash(network) != before
+
+
+def test_another_normalisation_has_no_adapter() -> None:
+    network = dit()
+    network.register_to_config(norm_type="layer_norm")
+    with pytest.raises(ModelError, match="'layer_norm' has no adapter; only 'ada_norm_zero'"):
+        DiT(network)

@@ -1,0 +1,202 @@
+"""HarmoniCa's training, held against its definition on a tiny DiT."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+from hcompress.adapter import compute_all
+from hcompress.caching.harmonica import Training, fill_route, soft_route
+from hcompress.caching.settings import HarmoniCaSettings
+from hcompress.models.dit import DiT
+from hcompress.solver import probe
+
+CALLS, BRANCHES = 4, 4
+
+
+@pytest.fixture(scope="module")
+def adapter() -> DiT:
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=2,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_type="ada_norm_zero",
+    )
+    return DiT(network)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return probe(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), CALLS)
+
+
+def training_of(adapter, table, seed: int = 3, **settings) -> Training:
+    given = {"beta": 1e-3, "trajectories": 3, "batch": 2, "lr": 0.1, "refresh": 2 * CALLS} | settings
+    return Training(adapter, table, 1.5, HarmoniCaSettings(**given), seed)
+
+
+def run(training: Training) -> np.ndarray:
+    for _ in training.run():
+        pass
+    return training.router.logits()
+
+
+def test_the_gradient_of_an_update_is_that_of_the_whole_loss(adapter, table):
+    """lambda mse + beta sum r by autograd alone, against the update's split into autograd and a hand-made penalty."""
+    training = training_of(adapter, table, beta=0.3)
+    condition, start, _ = training.draw(0)
+    slots: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        first = training.denoise(0, start, condition, fill_route(slots))
+        x = table.combine(1, start, [first])
+        target = training.denoise(1, x, condition, compute_all)
+    theta = training.router.rows[1]
+    r = torch.sigmoid(theta)
+    student = training.denoise(1, x, condition, soft_route(r, np.ones(BRANCHES, bool), dict(slots)))
+    error = torch.nn.functional.mse_loss(student, target)
+    (expected,) = torch.autograd.grad(7.0 * error + 0.3 * r.sum(), theta, retain_graph=True)
+    training.router.lambdas[1] = 7.0
+    training.update(1, theta, 7.0 * error, r.detach().numpy().astype(np.float64))
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-5, atol=1e-8)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("proxy", ["leave_one_out", "cumulative"])
+def test_lambda_equals_whole_generations_without_forking(adapter, table, proxy):
+    """The proxy by its definition, one full generation for each lambda, against the forked one."""
+    training = training_of(adapter, table, proxy=proxy)
+    condition, start, noises = training.draw(0)
+    scores = torch.from_numpy(training.router.scores()).float()
+    keep = training.router.hard(0.1)
+
+    @torch.no_grad()
+    def generation(routed: set[int]) -> torch.Tensor:
+        slots: dict[int, torch.Tensor] = {}
+        outputs: list[torch.Tensor] = []
+        for call in range(CALLS):
+            route = soft_route(scores[call], keep[call], slots) if call in routed else fill_route(slots)
+            outputs.append(training.denoise(call, table.combine(call, start, outputs), condition, route))
+        return table.combine(CALLS, start, outputs)
+
+    later = range(1, CALLS)
+    if proxy == "leave_one_out":
+        whole = generation(set(later))
+        expected = [(generation(set(later) - {call}) - whole).square().mean().item() for call in later]
+    else:
+        chain = [generation(set(range(1, call))) for call in range(1, CALLS + 1)]
+        expected = [(chain[call] - chain[call - 1]).square().mean().item() for call in later]
+    training.refresh(condition, start, noises)
+    np.testing.assert_allclose(training.router.lambdas[1:], expected, rtol=1e-5)
+    assert training.router.lambdas[0] == 0
+
+
+def test_sensitivity_is_the_image_error_over_the_calls_own_error(adapter, table):
+    by = {proxy: training_of(adapter, table, proxy=proxy) for proxy in ("leave_one_out", "sensitivity")}
+    for training in by.values():
+        training.refresh(*training.draw(0))
+    ratio = by["leave_one_out"].router.lambdas[1:] / by["sensitivity"].router.lambdas[1:]
+    condition, start, _ = by["leave_one_out"].draw(0)
+    training, slots = by["leave_one_out"], {}
+    scores = torch.from_numpy(training.router.scores()).float()
+    with torch.no_grad():
+        first = training.denoise(0, start, condition, fill_route(slots))
+        x = table.combine(1, start, [first])
+        routed = training.denoise(1, x, condition, soft_route(scores[1], training.router.hard(0.1)[1], slots))
+        own_error = (routed - training.denoise(1, x, condition, compute_all)).square().mean().item()
+    assert ratio[0] == pytest.approx(own_error, rel=1e-4)
+
+
+def test_the_slot_takes_the_mixture_only_where_the_score_exceeds_the_threshold():
+    slots = {0: torch.zeros(1), 1: torch.zeros(1)}
+    scores = torch.tensor([0.75, 0.05], requires_grad=True)
+    route = soft_route(scores, np.array([True, False]), slots)
+    mixed = [route(branch, lambda: torch.full((1,), 8.0)) for branch in (0, 1)]
+    assert [m.item() for m in mixed] == pytest.approx([6.0, 0.4])
+    assert slots[0].item() == 6.0 and not slots[0].requires_grad
+    assert slots[1].item() == 0.0
+
+
+def test_the_first_row_stays_pinned_and_the_rest_within_the_clamp(adapter, table):
+    training = training_of(adapter, table, lr=3.0, clamp=2.0, init="normal")
+    logits = run(training)
+    assert (logits[0] == 2.0).all()
+    assert np.abs(logits).max() <= 2.0
+    assert (np.abs(logits[1:]) == 2.0).any()  # else this test saw no clamping
+
+
+def test_the_network_is_frozen_and_gets_no_gradients(adapter, table):
+    before = {name: tensor.clone() for name, tensor in adapter.network.state_dict().items()}
+    run(training_of(adapter, table))
+    assert all(p.grad is None and not p.requires_grad for p in adapter.network.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.network.state_dict().items())
+
+
+def test_a_huge_beta_reuses_all_that_may_be_and_a_tiny_one_nothing(adapter, table):
+    generous = training_of(adapter, table, beta=1e9, lr=3.0, init=1.0)
+    run(generous)
+    assert 1 - generous.router.hard(0.1).mean() == pytest.approx((CALLS - 1) / CALLS)
+    strict = training_of(adapter, table, beta=1e-30, lr=0.1, init=1.0)
+    run(strict)
+    assert strict.router.hard(0.1).all()
+
+
+def test_only_the_row_of_the_call_is_moved_by_its_update(adapter, table):
+    """One parameter a row: Adam's momentum must not move rows whose gradient is absent (caching.md, trap 2)."""
+    training = training_of(adapter, table)
+    condition, start, noises = training.draw(0)
+    training.refresh(condition, start, noises)
+    steps = training.steps(condition, start, noises)
+    before = training.router.logits()
+    for call in range(1, CALLS):
+        next(steps)
+        after = training.router.logits()
+        assert (after[call] != before[call]).any()
+        others = [row for row in range(CALLS) if row != call]
+        assert (after[others] == before[others]).all()
+        before = after
+
+
+def test_refreshing_the_proxy_leaves_the_training_noise_alone(adapter, table):
+    often, seldom = training_of(adapter, table, refresh=CALLS), training_of(adapter, table, refresh=100 * CALLS)
+    drawn = []
+    for training in (often, seldom):
+        run(training)
+        drawn.append([training.draw(number)[1] for number in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+
+
+@pytest.mark.parametrize("settings", [{"beta": 1e-3}, {"beta": None, "target_cur": 0.5}])
+def test_a_restored_router_ends_where_an_uninterrupted_one_does(adapter, table, settings):
+    whole = run(training_of(adapter, table, trajectories=5, **settings))
+    first = training_of(adapter, table, trajectories=5, **settings)
+    walk = first.run()
+    for _ in range(2):
+        next(walk)
+    second = training_of(adapter, table, trajectories=5, **settings)
+    second.router.restore(first.router.state())
+    assert (run(second) == whole).all()
+    assert not (first.router.logits() == whole).all()
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_steering_lands_on_the_target_cur(adapter, table, target):
+    training = training_of(adapter, table, beta=None, target_cur=target, trajectories=150, lr=0.15, init=1.0)
+    run(training)
+    landed = 1 - training.router.hard(0.1).mean()
+    assert abs(landed - target) <= 0.5 / (CALLS * BRANCHES)  # as near as the grid of this tiny table allows
+
+
+def test_steering_by_macs_reaches_the_speedup(adapter, table):
+    training = training_of(adapter, table, beta=None, target_speedup=1.5, trajectories=150, lr=0.15, init=1.0)
+    run(training)
+    reached = adapter.graph.mac_ratio(training.router.hard(0.1))
+    share_of_an_entry = adapter.graph.macs.max() * CALLS / adapter.graph.total_macs(np.ones((CALLS, BRANCHES), bool)) / CALLS
+    assert abs(1 / reached - 1 / 1.5) <= max(0.01, share_of_an_entry / 2)
