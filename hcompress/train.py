@@ -38,6 +38,14 @@ class Launched:
 
         return reduce(tensor, "mean")
 
+    def leave(self) -> None:
+        """Wait for the others and end the group; a process that just exits may abort those still talking to it."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
 
 def launched_ranks() -> Ranks:
     """This process among those of `accelerate launch`, or the only one."""
@@ -81,6 +89,8 @@ def train(
     schedule = _schedule(recipe, setting, training)
     if writes:
         schedule.save(run.schedule)
+    if isinstance(ranks, Launched):
+        ranks.leave()
     return schedule
 
 

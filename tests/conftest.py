@@ -22,7 +22,9 @@ CALLS, CFG = 5, 1.5
 
 
 def make_dit(num_layers: int = 2, *, one_embedder: bool = True, out_channels: int = 2, seed: int = 0) -> Adapter:
-    """The tiny model; `one_embedder` ties the embedders of all blocks, as trained DiTs have it."""
+    """The tiny model; with `one_embedder` all blocks hold equal copies of it, as in diffusers' files of trained DiTs."""
+    import copy
+
     import torch
     from diffusers import DiTTransformer2DModel
 
@@ -45,7 +47,7 @@ def make_dit(num_layers: int = 2, *, one_embedder: bool = True, out_channels: in
         torch.nn.init.normal_(parameter, std=std, generator=generator)
     if one_embedder:
         for block in network.transformer_blocks:
-            block.norm1.emb = network.transformer_blocks[0].norm1.emb
+            block.norm1.emb = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
     return DiT(network)
 
 

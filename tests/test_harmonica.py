@@ -198,5 +198,7 @@ def test_steering_by_macs_reaches_the_speedup(adapter, table):
     training = training_of(adapter, table, beta=None, target_speedup=1.5, trajectories=150, lr=0.15, init=1.0)
     run(training)
     reached = adapter.graph.mac_ratio(training.router.hard(0.1))
-    share_of_an_entry = adapter.graph.macs.max() * CALLS / adapter.graph.total_macs(np.ones((CALLS, BRANCHES), bool)) / CALLS
+    share_of_an_entry = (
+        adapter.graph.macs.max() * CALLS / adapter.graph.total_macs(np.ones((CALLS, BRANCHES), bool)) / CALLS
+    )
     assert abs(1 / reached - 1 / 1.5) <= max(0.01, share_of_an_entry / 2)

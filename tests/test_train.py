@@ -43,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def arguments(model: Path, out: Path, *more: str, trajectories: int = 12, batch: int = 2) -> list[str]:
-    settings = {"trajectories": trajectories, "batch": batch, "lr": 0.2, "refresh": 16, "init": 1.0}
+    settings = {"trajectories": trajectories, "batch": batch, "lr": 0.4, "refresh": 16, "init": 1.0}
     sets = [part for key, value in settings.items() for part in ("--set", f"caching.{key}={value}")]
     return ["train", str(model), "--steps", "4", "--target-cur", "0.4", "--out", str(out), *sets, *more]
 
@@ -68,14 +68,20 @@ def uninterrupted(model, tmp_path_factory) -> Schedule:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     schedule = Schedule.load(Path(result["schedule"]))
-    assert result["cur"] == schedule.cur
+    assert result["cur"] == schedule.cur > 0
     return schedule
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_resumes_to_the_same_schedule_bit_for_bit(model, tmp_path, uninterrupted, how):
     out = tmp_path / "run"
-    process = subprocess.Popen([*COMMAND, *arguments(model, out)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments(model, out)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     wait_for_trajectories(out, 3, process)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
@@ -97,8 +103,8 @@ def test_two_processes_train_as_one_with_the_batch_of_both(model, tmp_path):
     alone, launched = tmp_path / "alone", tmp_path / "launched"
     done = hcompress(*arguments(model, alone, trajectories=3, batch=2))
     assert done.returncode == 0, done.stderr
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hcompress.cli.main"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "hcompress.cli.main"]  # what `accelerate launch` runs on GPUs; on CPUs it starts one process only
     command = [*launch, *arguments(model, launched, trajectories=3, batch=1)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -1,20 +1,19 @@
 """Samples as a picture: one grid layout for every command.
 
-Row by row from the top left, in the order of the samples; two white pixels between neighbours and none around; samples
-keep their size. [-1, 1] becomes 0 .. 255, rounded; what lies outside is clipped.
+Row by row from the top left, in the order of the samples, ten a row unless told; two white pixels between neighbours
+and none around; samples keep their size. [-1, 1] becomes 0 .. 255, rounded; what lies outside is clipped.
 """
 
 from __future__ import annotations
 
 import io
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcompress_runtime.errors import InputError, missing
 
-GAP, WHITE = 2, 255
+COLUMNS, GAP, WHITE = 10, 2, 255
 
 
 def to_pixels(samples: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -22,17 +21,16 @@ def to_pixels(samples: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint((np.clip(samples, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def grid(samples: NDArray[np.float32], columns: int | None = None) -> NDArray[np.uint8]:
+def grid(samples: NDArray[np.float32], columns: int = COLUMNS) -> NDArray[np.uint8]:
     """One picture uint8[H', W'] or uint8[H', W', 3] for samples float32[B, C, H, W] of C = 1 or 3 channels.
 
-    columns: samples in a row; None gives a square, or the flattest that is not one.
     Raises InputError for other channels: those are latents, which need their decoder first.
     """
     count, channels, height, width = samples.shape
     if channels not in (1, 3):
         raise InputError(f"samples of {channels} channels are latents, not pixels; decode them first")
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
+    columns = min(columns, count)
+    rows = -(-count // columns)
     canvas = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), WHITE, np.uint8)
     for index, pixels in enumerate(to_pixels(samples)):
         top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
@@ -40,7 +38,7 @@ def grid(samples: NDArray[np.float32], columns: int | None = None) -> NDArray[np
     return canvas[..., 0] if channels == 1 else canvas
 
 
-def png(samples: NDArray[np.float32], columns: int | None = None) -> bytes:
+def png(samples: NDArray[np.float32], columns: int = COLUMNS) -> bytes:
     """The `grid` of `samples` as a PNG file. Raises MissingExtra without Pillow."""
     try:
         from PIL import Image

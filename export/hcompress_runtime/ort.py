@@ -1,13 +1,18 @@
 """Step graphs on ONNX Runtime, CPU or CUDA.
 
-Sessions of one bundle point into one weight file, but ONNX Runtime re-packs weights for its kernels, a private copy
-for each session. That is worth 1.3 to 1.4 in speed on a CPU, so it stays on until the copies would fill memory;
-without it, sessions share the file's pages.
+A bundle is several sessions that run in turn, and ONNX Runtime gives each its own of everything. Taken back here:
+
+- activations: one arena for all sessions of the process. Zoo model, 20 sessions, 64 samples: 0.5 GB instead of 1.9.
+- threads: a session's pool stops spinning when its run ends; the next session needs the cores.
+- weights: all sessions point into one file, but each re-packs what it uses for its kernels, as a private copy. That is
+  worth 3 % (8 samples) to 10 % (one sample) on this model and more on others, so it stays on until the copies would
+  fill memory; without it, sessions share the file's pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -45,10 +50,11 @@ class OnnxRuntime(Engine):
             raise missing("onnxruntime", extra) from error
         if name not in ort.get_available_providers():
             raise missing(f"an onnxruntime with {name}", extra)
+        _share_arena()
         options = ort.SessionOptions()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
-        # The pool of a session that has run would go on spinning while the next step's session needs the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", str(int(not self.prepack)))
         try:
@@ -85,3 +91,12 @@ class OnnxRuntime(Engine):
     def nbytes(value: SlotValue) -> int:
         """See Engine."""
         return int(value.tensor_size_in_bytes())
+
+
+@cache
+def _share_arena() -> None:
+    """One CPU arena for all sessions that ask for it, made once a process."""
+    import onnxruntime as ort
+
+    kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(kind, None)

@@ -14,8 +14,11 @@ import typer
 
 import hcompress
 from hcompress.cli import recipes
+from hcompress.cli.bench import bench
 from hcompress.cli.doctor import doctor
 from hcompress.cli.eval import evaluate
+from hcompress.cli.export import export
+from hcompress.cli.generate import generate
 from hcompress.cli.import_ import import_
 from hcompress.cli.inspect import inspect
 from hcompress.cli.train import train
@@ -23,9 +26,10 @@ from hcompress.errors import HcompressError
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
-    # export, generate: here
+    "export": export,
+    "generate": generate,
     "eval": evaluate,
-    # bench: here
+    "bench": bench,
     "inspect": inspect,
     "import": import_,
     "doctor": doctor,

@@ -33,7 +33,8 @@ class Picture:
         """The picture with its bytes inside."""
         data = base64.b64encode(self.file.read_bytes()).decode()
         caption = escape(self.caption)
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""How fast a bundle is against its uncached one, and against PyTorch, in one interleaved run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hcompress.errors import BundleError
+from hcompress_runtime.bundle import Bundle, open_bundle
+from hcompress_runtime.measure import interleaved, peak_memory_bytes
+from hcompress_runtime.runtime import Runtime
+
+
+def compare_bundles(
+    cached: Path,
+    dense: Path,
+    *,
+    batch: int = 8,
+    rounds: int = 10,
+    threads: int | None = None,
+    with_torch: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Medians of `rounds` generations of `batch` samples; what names without `dense_` belongs to `cached`.
+
+    speedup = dense_latency_ms / latency_ms; efficiency = speedup / mac_ratio, 1 where time falls as arithmetic does.
+    with_torch adds torch_latency_ms and dense_torch_latency_ms of the reference sampler, on the model that the bundle
+    names. Raises BundleError where the two are not one model under one solver.
+    """
+    bundles = {"": open_bundle(cached), "dense_": open_bundle(dense)}
+    ours, theirs = (bundle.manifest["identity"] for bundle in bundles.values())
+    for what in ("config_hash", "weight_hash", "solver", "cfg"):
+        if ours[what] != theirs[what]:
+            raise BundleError(f"{cached} and {dense} differ in {what}; export both from one run, one with --dense")
+    labels = [index % bundles[""].num_classes for index in range(batch)]
+    contenders: dict[str, Callable[[], object]] = {}
+    for prefix, bundle in bundles.items():
+        runtime = Runtime(bundle, threads=threads)
+        contenders[prefix] = lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
+    if with_torch:
+        contenders |= _torch(bundles[""], labels, threads)
+    latency_ms = {prefix: float(np.median(ms)) for prefix, ms in interleaved(contenders, rounds, progress).items()}
+    speedup, mac_ratio = latency_ms["dense_"] / latency_ms[""], bundles[""].mac_ratio / bundles["dense_"].mac_ratio
+    return {
+        "speedup": speedup,
+        "mac_ratio": mac_ratio,
+        "efficiency": speedup / mac_ratio,
+        "cur": bundles[""].cur,
+        **{f"{prefix}latency_ms": value for prefix, value in latency_ms.items()},
+        **{f"{prefix}peak_memory_bytes": peak_memory_bytes(b.path, batch, threads) for prefix, b in bundles.items()},
+        "batch": batch,
+        "rounds": rounds,
+        "threads": threads,
+    }
+
+
+def _torch(bundle: Bundle, labels: list[int], threads: int | None) -> dict[str, Callable[[], object]]:
+    """The reference sampler on the bundle's model, cached and uncached."""
+    import torch
+
+    from hcompress.adapter import weight_hash
+    from hcompress.models.loading import load_model
+    from hcompress.sampling import sample_seeded
+    from hcompress.schedule import Schedule
+
+    if threads:
+        torch.set_num_threads(threads)
+    identity = bundle.manifest["identity"]
+    adapter = load_model(identity["model"]).adapter
+    if weight_hash(adapter.network) != identity["weight_hash"]:
+        raise BundleError(f"{identity['model']} has other weights than {bundle.path}; export that again")
+    compute = Schedule.load(bundle.path / "schedule.safetensors").compute
+
+    def run(mask: Any) -> object:
+        return sample_seeded(adapter, bundle.table, labels, seed=0, cfg=bundle.cfg, compute=mask, batch=len(labels))
+
+    return {"torch_": lambda: run(compute), "dense_torch_": lambda: run(None)}
