@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from hcompress.adapter import Adapter, Condition
 from hcompress_export.passes import name_batch, name_weights_by_content
+from hcompress_export.translate import TRANSLATIONS
 
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
 
@@ -51,6 +52,7 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
             opset_version=opset,
             input_names=names,
             output_names=["model_output", *(f"cache.{name}" for name in adapter.graph.names)],
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     model = cast(Any, exported).model

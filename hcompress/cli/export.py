@@ -65,11 +65,11 @@ def _print_tables(bundle: Bundle, errors: list[float]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("call", "graph", "computes", "reads", "writes", "weights (MB)", "error after it")
+    table = Table("call", "graph", "computes", "reads", "writes", "weights (MB)", "error")
     for call, (step, file) in enumerate(zip(bundle.plan.steps, bundle.graphs, strict=True)):
         counts = (len(names) for names in (step.computes, step.reads, step.writes))
         weights = f"{bundle.weight_bytes[file] / 1e6:.1f}"
-        table.add_row(str(call), Path(file).stem, *map(str, counts), weights, f"{errors[call + 1]:.1e}")
+        table.add_row(str(call), Path(file).stem[:8], *map(str, counts), weights, f"{errors[call + 1]:.1e}")
     console.print(table)
     cache = bundle.peak_cache_bytes(batch=1)
     console.print(

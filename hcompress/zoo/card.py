@@ -1,0 +1,105 @@
+"""Write the card of `zoo:fashion-dit`: loss curve, sample grid and quality figures, all measured here and now.
+
+    python -m hcompress.zoo.card --run runs/fashion-dit --hardware "2 CPU cores"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from hcompress.report.quality import distribution, generate
+from hcompress.setting import open_setting
+from hcompress.zoo.train_fashion_dit import BATCH, EMA_DECAY, LABEL_DROPOUT, LEARNING_RATE
+
+FOLDER = Path(__file__).parent / "fashion-dit"
+STEPS, CFG, SAMPLES, SEED, SHOWN = 20, 1.5, 2000, 0, 60
+
+CARD = """# zoo:fashion-dit
+
+A class-conditional diffusion transformer on Fashion-MNIST, in pixel space: small enough to train on a laptop, real
+enough to show what caching costs. Not for any use beyond testing and demonstrating compression methods.
+
+![samples](samples.png)
+
+Six samples of each class (columns), DDIM, {steps} steps, guidance {cfg}, seed {seed}, not selected.
+
+| | |
+|---|---|
+| network | diffusers `DiTTransformer2DModel`, {blocks} blocks, width {width}, patch 4 on 28 x 28, fp16 |
+| parameters | {parameters:.2f} M, of which each block holds an equal copy of the embedder, as diffusers has it |
+| predicts | noise, linear betas, 1000 timesteps; class {null} is the null class of classifier-free guidance |
+| data | Fashion-MNIST, 60 000 training images (Xiao et al. 2017, MIT licence), Debian's `dataset-fashion-mnist` |
+| command | `make zoo-fashion-dit` |
+| training | {trained} steps of {batch} images, AdamW {lr:g}, EMA {ema}, label dropout {dropout:.0%}, bf16, seed 0 |
+| hardware | {hardware} |
+| licence | Apache-2.0 |
+
+![loss](loss.png)
+
+## Quality
+
+{samples} samples, {steps} DDIM steps, guidance {cfg}, seed {seed}, measured by `python -m hcompress.zoo.card`. The
+metrics are this project's own offline ones (see `../fashion-classifier`); none of them is FID or IS. The floor is real
+images against real images.
+
+| | samples | floor |
+|---|---|---|
+| FD-64 | {fd64:.2f} | {fd64_floor:.2f} |
+| accuracy of the asked class | {accuracy:.3f} | |
+| precision | {precision:.3f} | {precision_floor:.3f} |
+| recall | {recall:.3f} | {recall_floor:.3f} |
+"""
+
+
+def save_loss_curve(run: Path) -> int:
+    """Draw the run's loss; returns how many steps it took."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    records = {(r := json.loads(line))["step"]: r["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    figure, axes = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
+    axes.plot(list(records), list(records.values()))
+    axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FOLDER / "loss.png", dpi=100)
+    return max(records)
+
+
+def main() -> None:
+    """Generate, measure, draw, write."""
+    from hcompress_runtime.images import png
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--hardware", required=True, help="what it was trained on, for people")
+    args = parser.parse_args()
+    setting = open_setting("zoo:fashion-dit", "ddim", STEPS, CFG)
+    samples = generate(setting, SAMPLES, SEED)
+    (FOLDER / "samples.png").write_bytes(png(samples[:SHOWN].numpy(), columns=10))
+    config = setting.adapter.config()
+    card = CARD.format(
+        steps=STEPS,
+        cfg=CFG,
+        seed=SEED,
+        samples=SAMPLES,
+        trained=save_loss_curve(args.run),
+        blocks=config["num_layers"],
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        parameters=sum(p.numel() for p in setting.adapter.parameters()) / 1e6,
+        null=config["num_embeds_ada_norm"],
+        batch=BATCH,
+        lr=LEARNING_RATE,
+        ema=EMA_DECAY,
+        dropout=LABEL_DROPOUT,
+        hardware=args.hardware,
+        **distribution(setting, samples),
+    )
+    (FOLDER / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main()
