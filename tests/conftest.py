@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 CALLS, CFG = 5, 1.5
 
 
-def make_dit(num_layers: int = 2, *, one_embedder: bool = True, out_channels: int = 2, seed: int = 0) -> Adapter:
-    """The tiny model; with `one_embedder` all blocks hold equal copies of it, as in diffusers' files of trained DiTs."""
+def make_dit(
+    num_layers: int = 2, *, one_embedder: bool = True, channels: int = 2, out_channels: int | None = None, seed: int = 0
+) -> Adapter:
+    """The tiny model; with `one_embedder` all blocks hold equal copies of one, as diffusers stores trained DiTs."""
     import copy
 
     import torch
@@ -33,8 +35,8 @@ def make_dit(num_layers: int = 2, *, one_embedder: bool = True, out_channels: in
     network = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=16,
-        in_channels=2,
-        out_channels=out_channels,
+        in_channels=channels,
+        out_channels=out_channels or channels,
         num_layers=num_layers,
         sample_size=8,
         patch_size=2,
@@ -108,3 +110,25 @@ def tiny_bundle(tiny_dit: Adapter, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_dense_bundle(tiny_dit: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The dense counterpart of `tiny_bundle`."""
     return export(tmp_path_factory.mktemp("tiny") / "dense", tiny_dit, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a tiny pixel-space model (one channel), whose diffusers folder is `model` beside it."""
+    from diffusers import DDIMScheduler
+
+    from hcompress.recipe import resolve
+    from hcompress.rundir import open_run
+    from hcompress.schedule import Schedule
+    from hcompress.setting import setting_of
+
+    folder = tmp_path_factory.mktemp("run")
+    adapter = make_dit(channels=1)
+    adapter.network.save_pretrained(folder / "model" / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "model" / "scheduler")
+    flags = {"model": str(folder / "model"), "solver.steps": CALLS, "cfg": CFG, "caching.target_cur": 0.4}
+    run = open_run(folder / "run", resolve(None, flags))
+    setting = setting_of(resolve(run.recipe))
+    mask = random_mask(CALLS, len(adapter.graph))
+    Schedule(mask, adapter.graph.names, setting.identity, {"name": "random"}).save(run.schedule)
+    return run.path

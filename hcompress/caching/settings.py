@@ -22,13 +22,14 @@ class HarmoniCaSettings(BaseModel):
     beta: Positive | None = Field(None, description="fixed weight of the cache-usage penalty (the paper's protocol)")
     target_cur: float | None = Field(None, gt=0, lt=1, description="steer beta until this share of T N is reused")
     target_speedup: float | None = Field(None, gt=1, description="steer beta until MACs fall by this ratio")
+    ramp: float = Field(0.5, gt=0, le=1, description="share of a steered run over which its target rises from 0")
     trajectories: int = Field(200, ge=1, description="denoising trajectories; each updates rows 1 .. T-1 once")
     batch: int = Field(4, ge=1, description="noises a trajectory and rank; guidance doubles the rows")
-    lr: Positive = Field(0.1, description="AdamW's learning rate of the logits, weight decay 0; paper: 0.01")
+    lr: Positive = Field(0.15, description="AdamW's learning rate of the logits, weight decay 0; paper: 0.01")
     threshold: float = Field(0.1, gt=0, lt=1, description="tau: a branch is reused where sigmoid(logit) <= tau")
-    clamp: Positive = Field(5.0, description="logits stay within +-clamp; row 0 is pinned at +clamp")
+    clamp: Positive = Field(4.0, description="logits stay within +-clamp, row 0 is pinned at +clamp; paper: 5")
     init: Literal["normal"] | float = Field(
-        1.0, description="first logits: a constant, or normal, N(0, 1), the paper's"
+        2.0, description="first logits: a constant, or normal, N(0, 1), the paper's"
     )
     proxy: Literal["leave_one_out", "cumulative", "sensitivity"] = Field(
         "leave_one_out", description="which lambda IEPO uses"

@@ -33,7 +33,8 @@ def bench(
 
     from hcompress.report.latency import compare_bundles
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("rounds", total=rounds)
         figures = compare_bundles(
             bundle,

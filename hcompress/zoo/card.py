@@ -1,6 +1,6 @@
 """Write the card of `zoo:fashion-dit`: loss curve, sample grid and quality figures, all measured here and now.
 
-    python -m hcompress.zoo.card --run runs/fashion-dit --hardware "2 CPU cores"
+python -m hcompress.zoo.card --run runs/fashion-dit --hardware "2 CPU cores"
 """
 
 from __future__ import annotations

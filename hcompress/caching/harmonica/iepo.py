@@ -13,6 +13,7 @@ call's own one-step error out, so that lambda_k MSE_k is, to first order, the im
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -77,7 +78,7 @@ def measure(
             forked.append(finish(call + 1, full, fork, routed=True))
             own_errors.append(functional.mse_loss(outputs[-1], full[-1]))
     finished = table.combine(calls, start, outputs, noises)
-    pairs = zip(forked, forked[1:], strict=False) if cumulative else ((image, finished) for image in forked)
+    pairs = pairwise(forked) if cumulative else ((image, finished) for image in forked)
     lambdas = torch.stack([functional.mse_loss(a, b) for a, b in pairs])
     if settings.proxy == "sensitivity":
         lambdas = lambdas / torch.stack(own_errors).clamp(min=TINY)

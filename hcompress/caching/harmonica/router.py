@@ -21,8 +21,8 @@ STEERED_EPS = 1e-16  # steering finds beta at any scale of lambda, so no gradien
 class Router:
     """The logits with all that training them has to remember. T rows, one parameter each; row 0 is pinned.
 
-    lambdas:   float64[T]     IEPO's weights; row 0 has no loss
-    curvature: float64[T, N]  running mean of -dMSE/dr / (1 - r), for steering; lambda is left out as it jumps
+    lambdas:  float64[T]     IEPO's weights; row 0 has no loss
+    velocity: float64[T, N]  how fast each logit moves, a trajectory, for steering; `previous` are its last logits
     """
 
     def __init__(self, num_calls: int, num_branches: int, settings: HarmoniCaSettings, seed: int) -> None:
@@ -36,9 +36,9 @@ class Router:
         self.optimizer = torch.optim.AdamW(list(self.rows)[1:], lr=settings.lr, weight_decay=0.0, eps=eps)
         self.trajectory = 0
         self.beta = settings.beta or 0.0
-        self.integral = 0.0
         self.lambdas = np.zeros(num_calls)
-        self.curvature = np.zeros((num_calls, num_branches))
+        self.velocity = np.zeros((num_calls, num_branches))
+        self.previous = self.logits().astype(np.float64)
 
     def logits(self) -> NDArray[np.float32]:
         """float32[T, N]."""
@@ -59,18 +59,18 @@ class Router:
             "optimizer": self.optimizer.state_dict(),
             "trajectory": self.trajectory,
             "beta": self.beta,
-            "integral": self.integral,
             "lambdas": torch.from_numpy(self.lambdas),
-            "curvature": torch.from_numpy(self.curvature),
+            "velocity": torch.from_numpy(self.velocity),
+            "previous": torch.from_numpy(self.previous),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`."""
         self.rows.load_state_dict(state["rows"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.trajectory, self.beta, self.integral = state["trajectory"], state["beta"], state["integral"]
+        self.trajectory, self.beta = state["trajectory"], state["beta"]
         self.lambdas = state["lambdas"].numpy().copy()
-        self.curvature = state["curvature"].numpy().copy()
+        self.velocity, self.previous = state["velocity"].numpy().copy(), state["previous"].numpy().copy()
 
 
 def soft_route(scores: Tensor, keep: NDArray[np.bool_], slots: Slots) -> Route:

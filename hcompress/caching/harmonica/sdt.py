@@ -99,6 +99,7 @@ class Training:
         self.channels = adapter.sample_shape[0]
         self.router = Router(table.num_calls, len(adapter.graph), settings, seed)
         self.steering = Steering(adapter.graph, table.num_calls, settings)
+        self.needs = np.zeros((table.num_calls, len(adapter.graph)))  # -d(lambda MSE)/dr of each entry's last update
 
     def run(self) -> Iterator[Progress]:
         """Train until the last trajectory, yielding after each; between yields `router.state()` is a checkpoint."""
@@ -109,6 +110,8 @@ class Training:
             if number % period == 0:
                 self.refresh(condition, start, noises)
             loss, mse = self.walk(condition, start, noises)
+            if number == 0:
+                self.steering.start(self.router, self.needs[1:])
             self.steering.steer(self.router)
             self.router.trajectory = number + 1
             scored = (number + 1) % period == 0 or self.steering.may_end(self.router)
@@ -162,7 +165,7 @@ class Training:
         assert theta.grad is not None
         slope = torch.from_numpy(scores * (1 - scores)).to(theta.dtype)  # dr/dtheta
         gradient = self.ranks.mean(theta.grad)
-        self.steering.observe(router, call, gradient.double().numpy(), scores)
+        self.needs[call] = -(gradient / slope).double().numpy()
         theta.grad = gradient + router.beta * slope
         router.optimizer.step()
         with torch.no_grad():

@@ -1,9 +1,11 @@
 """Steering: beta such that the hard schedule lands on a wanted CUR or speed-up. Not in the paper, which fixes beta.
 
-The loss is nearly quadratic in r: need = -d(lambda MSE)/dr ~ a (1 - r), so an entry settles at r <= tau once
-beta >= a (1 - tau). Steering therefore puts beta between the last entry that is to be reused and the next, in the
-order of a (1 - tau); an integral term removes what the approximation leaves. A quantile of the needs themselves would
-stall: they shrink as r rises, and beta with them (recipes/LOG.md).
+beta is multiplied, once a trajectory, by exp(GAIN x (wanted - heading)). `heading` is what will be reused if every
+logit goes on for a while as it has been going: a logit takes many trajectories to cross over, and a controller that
+only looked at what is reused now would overshoot by all that is already on its way.
+
+The target rises linearly over the first part of the run, as in gradual pruning (Zhu and Gupta 2017): while every r is
+near 1/2 all branches look more needed than they will be (recipes/LOG.md).
 """
 
 from __future__ import annotations
@@ -17,15 +19,13 @@ from hcompress.branches import BranchGraph
 from hcompress.caching.harmonica.router import Router
 from hcompress.caching.settings import HarmoniCaSettings
 
-MOMENTUM = 0.9  # of the running mean of each entry's curvature, in trajectories
-LEAST_REUSE = 0.05  # least 1 - r by which a need is divided: above r = 0.95 it says little
-LEAST_LAMBDA = 1e-20
-GAIN = 0.25  # log beta a trajectory and unit of CUR error, once logits have had time to travel
+GAIN = 0.5  # log beta, a trajectory and unit of CUR error
+MOMENTUM = 0.8  # of the running mean of each logit's velocity, in trajectories
 NEAR, EXTENSION = 0.01, 1.25  # a steered run goes on to this multiple of its length until it is this near its goal
 
 
 class Steering:
-    """What beta is to reach. Without a target it leaves beta alone.
+    """What beta is to reach. Where beta is fixed it does nothing.
 
     weights: float64[T, N], what reusing each entry counts towards `wanted`: 1 / (T N) for a CUR, MACs for a speed-up
     """
@@ -39,27 +39,31 @@ class Steering:
         else:
             self.weights, self.wanted = np.full(shape, 1 / np.prod(shape)), settings.target_cur or 0.0
 
-    def observe(self, router: Router, call: int, gradient: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
-        """Take in d(lambda MSE)/dtheta of row `call`, [N], at r = `scores`, [N]."""
-        need = -gradient / (scores * (1 - scores)) / max(router.lambdas[call], LEAST_LAMBDA)
-        curvature = need / np.maximum(1 - scores, LEAST_REUSE)
-        momentum = MOMENTUM if router.trajectory else 0.0
-        router.curvature[call] = momentum * router.curvature[call] + (1 - momentum) * curvature
+    def start(self, router: Router, needs: NDArray[np.float64]) -> None:
+        """Give beta its scale: the median of the needs -d(lambda MSE)/dr, [T - 1, N], of the first trajectory."""
+        if self.settings.beta is None:
+            positive = needs[needs > 0]
+            router.beta = float(np.median(positive)) if positive.size else 1.0
 
     def steer(self, router: Router) -> None:
-        """Set `router.beta`, once a trajectory."""
+        """Move `router.beta`, once a trajectory, from how far the logits moved in it."""
         if self.settings.beta is not None:
             return
-        travel = 2 * math.log(1 / self.settings.threshold - 1)  # from the other side to the threshold
-        if router.trajectory * self.settings.lr > travel:
-            router.integral += GAIN * (self.wanted - self.reused(router))
-        needs = router.lambdas[1:, None] * np.maximum(router.curvature[1:], 0.0)
-        settled = needs.ravel() * (1 - self.settings.threshold)
-        order = np.argsort(settled)
-        filled = np.cumsum(self.weights[1:].ravel()[order])
-        last = int(np.argmin(np.abs(filled - self.wanted)))  # the last entry to be reused
-        between = settled[order[last : last + 2]]
-        router.beta = math.sqrt(float(between[0] * between[-1])) * math.exp(router.integral)
+        settings, logits = self.settings, router.logits().astype(np.float64)
+        momentum = MOMENTUM if router.trajectory else 0.0
+        router.velocity = momentum * router.velocity + (1 - momentum) * (logits - router.previous)
+        router.previous = logits
+        to_come = settings.trajectories - router.trajectory
+        horizon = max(0.0, min(settings.clamp / settings.lr, to_come))  # trajectories from a clamp to 0 at full speed
+        ahead = np.clip(logits + horizon * router.velocity, -settings.clamp, settings.clamp)
+        heading = float((self.weights * (ahead <= self.edge)).sum())
+        risen = min(1.0, (router.trajectory + 1) / (settings.ramp * settings.trajectories))
+        router.beta *= math.exp(GAIN * (self.wanted * risen - heading))
+
+    @property
+    def edge(self) -> float:
+        """The logit of tau."""
+        return math.log(self.settings.threshold / (1 - self.settings.threshold))
 
     def reused(self, router: Router) -> float:
         """What the hard schedule reuses, in the units of `wanted`."""

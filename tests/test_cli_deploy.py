@@ -1,0 +1,125 @@
+"""`export`, `generate` and `bench` as a user types them, on a tiny pixel-space model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hcompress.cli.main import main
+from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.images import grid
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image, float)
+
+
+@pytest.fixture
+def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a verb in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bundle` and `bundle-dense` of `tiny_run`, in one folder."""
+    from typer.testing import CliRunner
+
+    from hcompress.cli.main import app
+
+    folder = tmp_path_factory.mktemp("exported")
+    for name, flags in (("bundle", ["--onnx"]), ("bundle-dense", ["--dense", "--json"])):
+        done = CliRunner().invoke(app, ["export", str(tiny_run), "--out", str(folder / name), *flags])
+        assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert (figures["num_graphs"], figures["peak_cache_bytes"], figures["cur"]) == (1, 0, 0)
+    assert max(figures["parity"]) < 1e-5
+    return folder
+
+
+def test_export_leaves_a_picture_and_what_the_schedule_asks(exported: Path) -> None:
+    bundle = open_bundle(exported / "bundle")
+    assert 0 < bundle.cur < 1 < bundle.mac_ratio
+    assert picture(exported / "bundle" / "preview.png").shape == (8, 5 * 8 + 4 * 2)  # five classes, one row
+    assert {file.name for file in exported.iterdir()} == {"bundle", "bundle-dense"}
+
+
+def test_a_bundle_and_its_model_give_the_same_picture(
+    hcompress: Any, exported: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    common = ("--labels", "0,1,2,3,4,0,1,2,3,4,0", "--seed", 7, "--json")
+    one = json.loads(hcompress("generate", exported / "bundle", *common, "--out", tmp_path / "one.png")[1])
+    schedule = ("--schedule", tiny_run / "schedule.safetensors")
+    other = json.loads(
+        hcompress("generate", tiny_run.parent / "model", *schedule, *common, "--out", tmp_path / "other.png")[1]
+    )
+    assert (one["backend"], other["backend"]) == ("onnxruntime", "torch")
+    assert one["latency_ms"] > 0 and one["out"] == str(tmp_path / "one.png")
+    pixels = [picture(tmp_path / name) for name in ("one.png", "other.png")]
+    assert pixels[0].shape == (8 + 2 + 8, 10 * 8 + 9 * 2)
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1  # one level, where a value lies between two
+
+
+def test_bench_prints_what_others_script_against(hcompress: Any, exported: Path) -> None:
+    code, out, _ = hcompress(
+        "bench", exported / "bundle", "--batch", 2, "--rounds", 2, "--threads", 1, "--torch", "--json"
+    )
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["speedup"] == pytest.approx(figures["dense_latency_ms"] / figures["latency_ms"])
+    assert figures["efficiency"] == pytest.approx(figures["speedup"] / figures["mac_ratio"])
+    assert figures["cur"] == open_bundle(exported / "bundle").cur
+    assert figures["torch_latency_ms"] > 0 and figures["dense_torch_latency_ms"] > 0
+    if sys.platform == "linux":
+        assert figures["peak_memory_bytes"] > 10_000_000 and figures["dense_peak_memory_bytes"] > 10_000_000
+
+
+MISTAKES = {
+    "labels that are no numbers": (["generate", "{bundle}", "--labels", "shoe"], "--labels 'shoe' should be numbers"),
+    "a class that is not there": (["generate", "{bundle}", "--labels", "9"], "label 9 is outside 0..4"),
+    "neither bundle nor model": (["generate", "{bundle}/graphs", "--labels", "0"], "is no diffusers folder"),
+    "no such run": (["export", "{bundle}/no-run"], "no-run"),
+    "a folder of something else": (["export", "{run}"], "exists and is no bundle"),
+    "two different bundles": (["bench", "{bundle}", "--against", "{tiny}"], "differ in config_hash"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_1(
+    hcompress: Any, exported: Path, tiny_run: Path, tiny_dense_bundle: Any, tmp_path: Path, name: str
+) -> None:
+    arguments, message = MISTAKES[name]
+    places = {"bundle": exported / "bundle", "run": tiny_run, "tiny": tiny_dense_bundle.path}
+    filled = [argument.format(**places) for argument in arguments]
+    if filled[0] != "bench":
+        (tmp_path / "precious").write_bytes(b"precious")
+        filled += ["--out", str(tmp_path if filled[0] == "export" else tmp_path / "grid.png")]
+    code, out, err = hcompress(*filled)
+    assert (code, out) == (1, "")
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not {*tmp_path.iterdir()} - {tmp_path / "precious"}
+
+
+def test_a_grid_is_ten_a_row_with_white_between() -> None:
+    samples = np.full((12, 3, 4, 5), -1, np.float32)
+    samples[11] = 1.0
+    pixels = grid(samples)
+    assert pixels.shape == (4 + 2 + 4, 10 * 5 + 9 * 2, 3)
+    assert (pixels[:4, :5] == 0).all() and (pixels[:, 5:7] == 255).all() and (pixels[6:, 7:12] == 255).all()
+    assert (pixels[6:, 14:] == 255).all()  # an unfinished row is filled up with white
+    assert grid(samples[:1, :1]).shape == (4, 5)
+    assert grid(np.float32([[[[-3, -1, 0, 1, 3]]]])).tolist() == [[0, 0, 128, 255, 255]]
