@@ -156,6 +156,7 @@ def test_what_is_whole_opens(bundle: Path) -> None:
         ({"labels": []}, "no labels"),
         ({"labels": [0], "batch": 0}, "batch 0 should be 1 or more"),
         ({"labels": [0], "seed": -1}, "seed -1"),
+        ({"labels": [0], "seed": 1 << 64}, "number random streams"),
     ],
 )
 def test_what_this_model_cannot_take_is_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,20 @@ def test_only_a_bundle_is_replaced(tiny_bundle: Exported, tmp_path: Path) -> Non
     re_export(tiny_bundle, tmp_path / "bundle")
     assert open_bundle(tmp_path / "bundle").cur == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "photos"]
+
+
+def test_a_full_disk_leaves_the_old_bundle_whole(tiny_bundle: Exported, tmp_path: Path) -> None:
+    """Files of this process may not grow past 64 KiB: the kernel refuses the weights, as a full disk does."""
+    shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*weights\.safetensors: File too large"):
+            re_export(tiny_bundle, tmp_path / "bundle")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert open_bundle(tmp_path / "bundle").cur > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), ZeroDivisionError()])

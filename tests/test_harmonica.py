@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import make_table
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from hcompress.adapter import compute_all
@@ -186,19 +187,18 @@ def test_a_restored_router_ends_where_an_uninterrupted_one_does(adapter, table, 
     assert not (first.router.logits() == whole).all()
 
 
+STEERED = {"beta": None, "trajectories": 120, "lr": 0.2, "refresh": 24, "proxy": "sensitivity"}
+ENTRIES = 1.5 / (6 * 4)  # of 24 entries, which differ by decades in what they matter, one or two may stay behind
+
+
 @pytest.mark.parametrize("target", [0.3, 0.6])
-def test_steering_lands_on_the_target_cur(adapter, table, target):
-    training = training_of(adapter, table, beta=None, target_cur=target, trajectories=150, lr=0.15, init=1.0)
+def test_steering_lands_on_the_target_cur(tiny_dit, target):
+    training = training_of(tiny_dit, make_table(calls=6)[0], target_cur=target, **STEERED)
     run(training)
-    landed = 1 - training.router.hard(0.1).mean()
-    assert abs(landed - target) <= 0.5 / (CALLS * BRANCHES)  # as near as the grid of this tiny table allows
+    assert abs(1 - training.router.hard(0.1).mean() - target) <= ENTRIES
 
 
-def test_steering_by_macs_reaches_the_speedup(adapter, table):
-    training = training_of(adapter, table, beta=None, target_speedup=1.5, trajectories=150, lr=0.15, init=1.0)
+def test_steering_by_macs_reaches_the_speedup(tiny_dit):
+    training = training_of(tiny_dit, make_table(calls=6)[0], target_speedup=1.5, **STEERED)
     run(training)
-    reached = adapter.graph.mac_ratio(training.router.hard(0.1))
-    share_of_an_entry = (
-        adapter.graph.macs.max() * CALLS / adapter.graph.total_macs(np.ones((CALLS, BRANCHES), bool)) / CALLS
-    )
-    assert abs(1 / reached - 1 / 1.5) <= max(0.01, share_of_an_entry / 2)
+    assert abs(1 / tiny_dit.graph.mac_ratio(training.router.hard(0.1)) - 1 / 1.5) <= ENTRIES

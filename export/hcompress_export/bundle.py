@@ -154,7 +154,11 @@ def _replacing(out: Path) -> Iterator[Path]:
         _remove(old)
         if out.exists():
             out.replace(old)
-        folder.replace(out)
+        try:
+            folder.replace(out)
+        except OSError:
+            old.replace(out)
+            raise
         _remove(old)
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror}; what was there before is untouched") from error

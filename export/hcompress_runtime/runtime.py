@@ -131,5 +131,5 @@ class Runtime:
                 raise InputError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
         if batch < 1:
             raise InputError(f"batch {batch} should be 1 or more")
-        if seed < 0 or first < 0:
-            raise InputError(f"seed {seed} and first {first} number random streams; they should be 0 or more")
+        if not (0 <= seed < 1 << 64 and 0 <= first < 1 << 63):
+            raise InputError(f"seed {seed} and first {first} number random streams: from 0, and below 2**64 and 2**63")

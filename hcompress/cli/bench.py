@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A cached bundle.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(help="A cached bundle; with --train a MODEL.", show_default=False)],
     against: Annotated[Path | None, typer.Option(help="Its uncached bundle; BUNDLE-dense if not given.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples that run at once.")] = 8,
-    rounds: Annotated[int, typer.Option(help="How often each runs; medians are taken.")] = 10,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each runs; medians are taken.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     torch: Annotated[bool, typer.Option("--torch", help="PyTorch too, with and without the schedule.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time an iteration of training instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Time a cached bundle against its uncached one, in turns, on ONNX Runtime.
@@ -26,8 +27,13 @@ def bench(
     Efficiency is the speed-up over the ratio of MACs. Memory is what a fresh process takes to load a bundle and
     generate one batch: its proportional set size (PSS), which counts shared pages once, read after every call.
 
+    With --train: a training iteration with frozen model and teacher against the released code's way, which computes
+    and discards the gradients of all weights.
+
     Example: hcompress bench bundle --against bundle-dense --batch 8
     """
+    if train:
+        return _bench_training(str(bundle), batch, rounds, as_json)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -49,6 +55,21 @@ def bench(
         print(json.dumps(figures))
     else:
         _print_table(figures)
+
+
+def _bench_training(model: str, batch: int, rounds: int, as_json: bool) -> None:
+    from hcompress.recipe import resolve
+    from hcompress.report.training_cost import training_cost
+
+    recipe = resolve(None, {"model": model, "caching.target_cur": 0.4, "caching.batch": batch})
+    figures = training_cost(recipe, iterations=rounds)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name in ("unfrozen", "frozen"):
+        found = figures[name]
+        print(f"{name:9} {found['iteration_ms']:8.1f} ms an iteration, {found['peak_memory_bytes'] / 1e6:8.1f} MB peak")
+    print(f"frozen is {figures['speedup']:.2f}x faster and takes {figures['memory_ratio']:.2f}x the memory")
 
 
 def _print_table(figures: dict[str, Any]) -> None:
