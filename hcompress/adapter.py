@@ -37,13 +37,14 @@ def compute_all(branch: int, compute: Callable[[], Tensor]) -> Tensor:
 class Adapter(ABC, nn.Module):
     """One denoiser and its cacheable branches.
 
-    Subclasses are final: they set `graph`, `sample_shape` (C, H, W) and `guided_channels` (how many of the output's
-    channels guidance applies to) and fill in the abstract methods.
+    Subclasses are final: they set `graph`, `sample_shape` (C, H, W), `guided_channels` (how many of the output's
+    channels guidance applies to) and `num_classes`, and fill in the abstract methods.
     """
 
     graph: BranchGraph
     sample_shape: tuple[int, int, int]
     guided_channels: int
+    num_classes: int
     network: nn.Module
 
     @abstractmethod
@@ -77,18 +78,25 @@ class Adapter(ABC, nn.Module):
 
     @final
     def guided(
-        self, x: Tensor, condition: Condition, constants: Mapping[str, Tensor], cfg: float, route: Route = compute_all
+        self,
+        x: Tensor,
+        condition: Condition,
+        constants: Mapping[str, Tensor],
+        cfg: float | Tensor,
+        route: Route = compute_all,
     ) -> Tensor:
         """Output [B, C_out, H, W] for x [B, C, H, W] after classifier-free guidance (Ho and Salimans 2022).
 
         Rows of the doubled batch are [cond ; uncond], one routing decision for both. Channels beyond
-        `guided_channels` (a learned variance) keep the conditional half, as diffusers and DiT do.
+        `guided_channels` (a learned variance) keep the conditional half, as diffusers and DiT do. A scale of exactly
+        1.0 is no guidance; a scalar Tensor is a scale that is only known later, and always doubles the rows.
         """
-        if cfg == 1.0:
+        if isinstance(cfg, float) and cfg == 1.0:
             return self(x, condition, constants, route)
         null = self.null_condition(condition)
         both = {name: torch.cat([condition[name], null[name]]) for name in condition}
-        cond, uncond = self(torch.cat([x, x]), both, constants, route).chunk(2)
+        rows = self(torch.cat([x, x]), both, constants, route)
+        cond, uncond = rows[: x.shape[0]], rows[x.shape[0] :]  # not chunk(2), which torch.export cannot prove for any B
         n = self.guided_channels
         mixed = uncond[:, :n] + cfg * (cond[:, :n] - uncond[:, :n])
         return mixed if n == cond.shape[1] else torch.cat([mixed, cond[:, n:]], dim=1)

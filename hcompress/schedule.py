@@ -1,6 +1,7 @@
 """A schedule: which branches are computed at which model call, and for whom it was learned.
 
-Stored as safetensors, `compute` and where learned `logits`, with JSON metadata; readable without torch.
+Stored as safetensors, `compute` and where learned `logits`, readable without torch. Its one metadata key is the
+format's name and holds the rest as JSON: the library writes several keys in no particular order.
 Rows count executed model calls: row 0 runs first, at the largest noise, and always computes everything.
 """
 
@@ -133,8 +134,7 @@ class Schedule:
         if self.logits is not None:
             tensors["logits"] = self.logits
         described = {"names": self.names, "identity": asdict(self.identity), "method": self.method, "cur": self.cur}
-        metadata = {"format": FORMAT, "schedule": json.dumps(described, sort_keys=True)}
-        write_atomically(path, save(tensors, metadata))
+        write_atomically(path, save(tensors, {FORMAT: json.dumps(described, sort_keys=True)}))
 
     @staticmethod
     def load(path: Path) -> Schedule:
@@ -153,10 +153,10 @@ class Schedule:
             raise ScheduleError(
                 f"{path} holds a tensor of a type that no schedule has ({error}); copy it again"
             ) from error
-        if metadata.get("format") != FORMAT:
-            raise ScheduleError(f"{path} is not a schedule of this version (format {metadata.get('format')!r})")
+        if FORMAT not in metadata:
+            raise ScheduleError(f"{path} is no schedule that this version reads: its metadata lacks {FORMAT!r}")
         try:
-            described = json.loads(metadata["schedule"])
+            described = json.loads(metadata[FORMAT])
             if not isinstance(described["method"], dict) or not all(
                 isinstance(name, str) for name in described["names"]
             ):

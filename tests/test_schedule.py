@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hcompress.branches import Branch, BranchGraph
 from hcompress.errors import ScheduleError
-from hcompress.schedule import Identity, Schedule
+from hcompress.schedule import FORMAT, Identity, Schedule
 
 GRAPH = BranchGraph(tuple(Branch(f"{i}.{kind}", 10, (4, 8)) for i in range(2) for kind in ("attn", "mlp")), 5)
 SOLVER = {"class": "DDIMScheduler", "steps": 5, "config_hash": "s" * 64}
@@ -65,7 +65,7 @@ def test_the_file_is_plain_safetensors_with_json(tmp_path: Path) -> None:
     schedule().save(tmp_path / "s.safetensors")
     with safe_open(tmp_path / "s.safetensors", "numpy") as file:
         assert sorted(file.keys()) == ["compute", "logits"]
-        described = json.loads(file.metadata()["schedule"])
+        described = json.loads(file.metadata()[FORMAT])
     assert described["cur"] == schedule().cur
     assert described["identity"]["solver"] == SOLVER
 
@@ -102,9 +102,9 @@ def write(folder: Path, *, tensors: dict[str, np.ndarray | None] | None = None, 
     with safe_open(folder / "good", "numpy") as file:
         metadata = file.metadata()
     if "described" in changes:
-        metadata["schedule"] = changes.pop("described")
+        metadata[FORMAT] = changes.pop("described")
     else:
-        metadata["schedule"] = json.dumps(json.loads(metadata["schedule"]) | changes)
+        metadata[FORMAT] = json.dumps(json.loads(metadata[FORMAT]) | changes)
     tensors = tensors or {"compute": COMPUTE}
     path = folder / "changed.safetensors"
     path.write_bytes(save({name: tensor for name, tensor in tensors.items() if tensor is not None}, metadata))
@@ -177,7 +177,7 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="not a safetensors file"):
         Schedule.load(tmp_path / "text")
     (tmp_path / "weights").write_bytes(save({"weight": LOGITS}))
-    with pytest.raises(ScheduleError, match="not a schedule of this version"):
+    with pytest.raises(ScheduleError, match="no schedule that this version reads"):
         Schedule.load(tmp_path / "weights")
 
 

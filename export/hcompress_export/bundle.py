@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +27,7 @@ from hcompress.schedule import Identity, Schedule
 from hcompress_export.freeze import freeze
 from hcompress_export.passes import move_weights_out, step_graph
 from hcompress_export.trace import OPSET, trace
-from hcompress_export.weights import in_order, write_weights
+from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
 from hcompress_runtime.plan import Pattern, Plan
 from hcompress_runtime.table import SolverTable
@@ -64,7 +64,6 @@ def export_bundle(
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
-            write_atomically(folder / SCHEDULE, in_order((folder / SCHEDULE).read_bytes()))
         frozen = plan.to_json()
         manifest = {
             "format": FORMAT,
@@ -75,7 +74,7 @@ def export_bundle(
             "sample_shape": adapter.sample_shape,
             "dtype": "float32",
             "guidance": _guidance(adapter, cfg),
-            "conditions": {"labels": {"classes": cast(Any, adapter).num_classes}},
+            "conditions": {"labels": {"classes": adapter.num_classes}},
             "opset": opset,
             "tools": {tool: version(tool) for tool in TOOLS},
             "branches": frozen["branches"],

@@ -21,7 +21,6 @@ from typing import Any, cast
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from hcompress.adapter import Adapter, Condition
 from hcompress_export.passes import name_batch, name_weights_by_content
@@ -39,7 +38,7 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
     scale = () if cfg == 1.0 else (torch.tensor(cfg, device=device),)
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 20)}
     names = ["latent", *condition, *(f"step.{name}" for name in constants), *["cfg"][: len(scale)]]
-    with _quiet_exporter(), torch.no_grad(), _HalvesBySlicing():
+    with _quiet_exporter(), torch.no_grad():
         # Exported here and not inside torch.onnx.export, which silently falls back to a fixed batch size.
         program = torch.export.export(
             _Exposed(adapter).eval(),
@@ -77,31 +76,10 @@ class _Exposed(nn.Module):
             exposed[branch] = evaluate()
             return exposed[branch]
 
-        scale = 1.0 if cfg is None else cast(float, _Scale(cfg))
-        output = self.adapter.guided(latent, condition, constants, scale, route)
+        output = self.adapter.guided(latent, condition, constants, 1.0 if cfg is None else cfg, route)
         channels = self.adapter.sample_shape[0]
         output = output if output.shape[1] == channels else output[:, :channels]
         return output, *(exposed[branch] for branch in sorted(exposed))
-
-
-class _Scale:
-    """A guidance scale that is only known when the graph runs. It equals no number, so `guided` doubles the rows."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-    def __mul__(self, other: Tensor) -> Tensor:
-        return self.value * other
-
-
-class _HalvesBySlicing(TorchFunctionMode):
-    """Traces `x.chunk(2)` as two slices: torch.export cannot prove that 2 B rows make two chunks whatever B is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.chunk and args[1:] == (2,) and not kwargs:
-            half = args[0].shape[0] // 2
-            return args[0][:half], args[0][half:]
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

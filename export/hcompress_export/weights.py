@@ -53,15 +53,6 @@ def write_weights(path: Path, models: Iterable[ir.Model]) -> dict[str, Region]:
     return {name: Region(len(text) + begin, end - begin) for name, (begin, end) in spans.items()}
 
 
-def in_order(content: bytes) -> bytes:
-    """The same safetensors file with its metadata in order; the library leaves that to chance, and with it the hash."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    return _header(header) + content[end:]
-
-
 def _header(header: dict[str, Any]) -> bytes:
     """The head of a safetensors file: length, then JSON padded to 8 bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -23,8 +23,7 @@ SSIM_WINDOW = 11
 
 def balanced_labels(setting: Setting, count: int) -> list[int]:
     """`count` labels, round robin over the classes, so that every class is asked for equally often."""
-    classes = getattr(setting.adapter, "num_classes", 1)
-    return [index % classes for index in range(count)]
+    return [index % setting.adapter.num_classes for index in range(count)]
 
 
 def generate(
