@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_table
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from conftest import make_dit, make_table
+from diffusers import DDIMScheduler
 
 from hcompress.adapter import compute_all
 from hcompress.caching.harmonica import Training, fill_route, soft_route
@@ -19,19 +19,7 @@ CALLS, BRANCHES = 4, 4
 
 @pytest.fixture(scope="module")
 def adapter() -> DiT:
-    torch.manual_seed(0)
-    network = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=2,
-        out_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-        norm_type="ada_norm_zero",
-    )
-    return DiT(network)
+    return make_dit(out_channels=4)  # with a learned variance, which no trajectory may see
 
 
 @pytest.fixture(scope="module")

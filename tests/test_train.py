@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from hcompress.schedule import Schedule
 
@@ -21,25 +19,10 @@ COMMAND = [sys.executable, "-m", "hcompress.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+@pytest.fixture
+def model(tiny_run: Path) -> Path:
     """A tiny DiT with random weights, as a diffusers folder."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    network = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=2,
-        out_channels=2,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=5,
-        norm_type="ada_norm_zero",
-    )
-    network.save_pretrained(folder / "transformer")
-    DDIMScheduler(clip_sample=False, timestep_spacing="trailing").save_pretrained(folder / "scheduler")
-    return folder
+    return tiny_run.parent / "model"
 
 
 def arguments(model: Path, out: Path, *more: str, trajectories: int = 12, batch: int = 2) -> list[str]:
@@ -62,9 +45,9 @@ def wait_for_trajectories(run: Path, count: int, process: subprocess.Popen[str])
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(model, tmp_path_factory) -> Schedule:
+def uninterrupted(tiny_run, tmp_path_factory) -> Schedule:
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = hcompress(*arguments(model, out, "--json"))
+    done = hcompress(*arguments(tiny_run.parent / "model", out, "--json"))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     schedule = Schedule.load(Path(result["schedule"]))
