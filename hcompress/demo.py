@@ -68,8 +68,14 @@ def sections(trained: dict[str, Any], speed: dict[str, Any], quality: dict[str, 
     before = quality["uncached"]
     rows = [
         ("", "uncached", "cached", "real images, same number"),
-        ("latency of a batch (ms), ONNX Runtime", f"{speed['dense_latency_ms']:.0f}", f"{speed['latency_ms']:.0f}", ""),
+        (
+            "latency of 8 samples (ms), ONNX Runtime",
+            *(f"{speed[k]:.0f}" for k in ("dense_latency_ms", "latency_ms")),
+            "",
+        ),
+        ("the same in PyTorch", *(f"{speed[k]:.0f}" for k in ("dense_torch_latency_ms", "torch_latency_ms")), ""),
         ("MACs of a sample (millions)", f"{before['macs'] / 1e6:.0f}", f"{quality['macs'] / 1e6:.0f}", ""),
+        ("PSNR against uncached (dB)", "", f"{quality['psnr_db']:.1f}", ""),
         ("FD-64", f"{before['fd64']:.2f}", f"{quality['fd64']:.2f}", f"{quality['fd64_floor']:.2f}"),
         ("accuracy of the asked class", f"{before['accuracy']:.3f}", f"{quality['accuracy']:.3f}", ""),
         ("precision", *(f"{v:.3f}" for v in (before["precision"], quality["precision"], quality["precision_floor"]))),
@@ -86,17 +92,17 @@ def sections(trained: dict[str, Any], speed: dict[str, Any], quality: dict[str, 
         Section(
             "Samples from the same noise",
             "One column a class. Both pictures come from the exported bundles, seed 0.",
-            pictures=[Picture(OUT / "uncached.png", "uncached"), Picture(OUT / "cached.png", "cached")],
+            pictures=[Picture(OUT / f"{name}.png", name, width=520) for name in ("uncached", "cached")],
         ),
         Section(
             "The learned schedule",
             "Rows are model calls, the first at the top; columns are branches. Dark is computed, light is reused.",
-            pictures=[Picture(OUT / "heatmap.png", f"CUR {100 * trained['cur']:.1f} %")],
+            pictures=[Picture(OUT / "heatmap.png", f"CUR {100 * trained['cur']:.1f} %", width=640)],
         ),
         Section(
             "Training",
             f"No images: the router learns on the model's own trajectories. beta ended at {trained['beta']:.2e}.",
-            pictures=[Picture(OUT / "training.png", "reuse, loss terms, and the hard schedule's score")],
+            pictures=[Picture(OUT / "training.png", "reuse, loss terms, and the hard schedule's score", width=1080)],
         ),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +54,8 @@ def train(
     from hcompress.report.progress import TrainingDisplay
     from hcompress.train import train as run
 
-    display = TrainingDisplay(resolved.caching.trajectories)
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    display = TrainingDisplay(resolved.caching.trajectories, speaks=speaks)
     try:
         with display:
             schedule = run(
@@ -67,6 +69,8 @@ def train(
     except KeyboardInterrupt:
         print(f"stopped; all but the last trajectory is in {out}: add --resume to go on", file=sys.stderr)
         raise typer.Exit(130) from None
+    if not speaks:
+        return
     method = schedule.method
     result = {
         "schedule": str(out / "schedule.safetensors"),

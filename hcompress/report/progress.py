@@ -17,9 +17,9 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 class TrainingDisplay:
     """Shows each trajectory's loss, CUR, beta and time left; keeps the last figures."""
 
-    def __init__(self, trajectories: int) -> None:
+    def __init__(self, trajectories: int, *, speaks: bool = True) -> None:
         self.trajectories = trajectories
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not speaks)
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
