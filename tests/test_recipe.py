@@ -98,7 +98,7 @@ REFUSED = {
     "caching.lr=fast": "caching.lr = 'fast' should be a valid number",
     "caching.target_cur=0.951": r"out of reach.*ceiling is 19/20 = 0\.950",
     "caching.target_cur=": "exactly one of beta, target_cur and target_speedup .got none",
-    "caching.proxy=paper": "caching.proxy = 'paper' should be 'leave_one_out' or 'cumulative'",
+    "caching.proxy=paper": "caching.proxy = 'paper' should be 'leave_one_out', 'cumulative' or 'sensitivity'",
     "caching.init=zero": "caching.init = 'zero' should be",
     "caching.refresh=30": "caching.refresh = 30 is no multiple of 20 steps; use 40",
     "caching.refresh=7": "use 20",
@@ -163,7 +163,8 @@ def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
     file = find(name)
     recipe = resolve(file)
     solver = f"{recipe.solver.name}{recipe.solver.steps}"
-    assert name.startswith(f"{recipe.model.removeprefix('zoo:')}_{solver}_{recipe.caching.method}")
+    model = recipe.model.removeprefix("zoo:").rpartition("/")[2].lower()
+    assert name.startswith(f"{model}_{solver}_{recipe.caching.method}")
     head = file.read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"--recipe {name}" in head
@@ -173,7 +174,7 @@ def test_the_first_difference_is_named():
     recipe = resolve(None, MODEL)
     assert first_difference(recipe, resolve(None, MODEL | {"cfg": 4.0})) == "cfg: 1.5 != 4.0"
     faster = resolve(None, MODEL | {"caching.lr": 0.1, "seed": 3})
-    assert first_difference(recipe, faster) == "caching.lr: 0.01 != 0.1"
+    assert first_difference(recipe, faster) == "caching.lr: 0.15 != 0.1"
 
 
 def test_the_schema_describes_every_setting():
