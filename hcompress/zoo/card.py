@@ -14,7 +14,7 @@ from hcompress.setting import open_setting
 from hcompress.zoo.train_fashion_dit import BATCH, EMA_DECAY, LABEL_DROPOUT, LEARNING_RATE
 
 FOLDER = Path(__file__).parent / "fashion-dit"
-STEPS, CFG, SAMPLES, SEED, SHOWN = 20, 1.5, 2000, 0, 60
+STEPS, CFG, SAMPLES, SEED, SHOWN = 20, 1.5, 500, 0, 60
 
 CARD = """# zoo:fashion-dit
 
