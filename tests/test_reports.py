@@ -87,3 +87,12 @@ def test_freezing_the_model_and_the_teacher_saves_time_and_memory(tiny_run: Path
     figures = json.loads(done.stdout)
     assert figures["speedup"] == pytest.approx(figures["unfrozen"]["iteration_ms"] / figures["frozen"]["iteration_ms"])
     assert figures["frozen"]["peak_memory_bytes"] < figures["unfrozen"]["peak_memory_bytes"]
+
+
+def test_a_missing_library_is_one_line_with_the_command_that_brings_it(tmp_path: Path):
+    """In a Python that cannot see torch, as on a serving box."""
+    code = "import sys; sys.modules['torch'] = None; from hcompress.cli.main import main; main()"
+    arguments = ["train", "zoo:fashion-dit", "--target-cur", "0.4", "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: torch is not installed; pip install 'hcompress[train]'\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -22,7 +22,7 @@ from hcompress.cli.generate import generate
 from hcompress.cli.import_ import import_
 from hcompress.cli.inspect import inspect
 from hcompress.cli.train import train
-from hcompress.errors import HcompressError
+from hcompress.errors import HcompressError, missing
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -34,6 +34,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "import": import_,
     "doctor": doctor,
 }
+
+TRAIN_EXTRA = {"torch", "diffusers", "transformers", "accelerate", "matplotlib", "onnx_ir", "onnxscript"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,11 +68,20 @@ def main() -> None:
     try:
         app()
     except HcompressError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        if "--json" in sys.argv:
-            print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
-        sys.exit(1)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in TRAIN_EXTRA:
+            raise
+        _fail(missing(library, "train"))
+
+
+def _fail(error: HcompressError) -> NoReturn:
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
+    sys.exit(1)
 
 
 if __name__ == "__main__":
