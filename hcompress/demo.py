@@ -92,7 +92,7 @@ def sections(trained: dict[str, Any], speed: dict[str, Any], quality: dict[str, 
         Section(
             "Samples from the same noise",
             "One column a class. Both pictures come from the exported bundles, seed 0.",
-            pictures=[Picture(OUT / f"{name}.png", name, width=520) for name in ("uncached", "cached")],
+            pictures=[Picture(OUT / f"{name}.png", name, width=520, crisp=True) for name in ("uncached", "cached")],
         ),
         Section(
             "The learned schedule",

@@ -17,25 +17,27 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde4ea }
 th:first-child, td:first-child { text-align: left } th { color: #52616f; font-weight: 600 }
 .row { display: flex; gap: 1.5rem; flex-wrap: wrap; align-items: start } figure { margin: 0 }
-figcaption { color: #52616f; font-size: .88rem } img { max-width: 100%; image-rendering: pixelated }
+figcaption { color: #52616f; font-size: .88rem } img { max-width: 100% } img.crisp { image-rendering: pixelated }
 code { background: #f2f5f8; padding: .1rem .3rem; border-radius: 3px } p.lead { color: #52616f; margin-top: .2rem }
 """
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what it shows; `width` in CSS pixels enlarges small pictures without smoothing."""
+    """A PNG and what it shows, `width` CSS pixels wide; `crisp` enlarges it without smoothing."""
 
     file: Path
     caption: str
     width: int | None = None
+    crisp: bool = False
 
     def html(self) -> str:
         """The picture with its bytes inside."""
         data = base64.b64encode(self.file.read_bytes()).decode()
         caption = escape(self.caption)
-        width = f' width="{self.width}"' if self.width else ""
-        image = f'<img src="data:image/png;base64,{data}" alt="{caption}"{width}>'
+        shown = f' width="{self.width}"' if self.width else ""
+        shown += ' class="crisp"' if self.crisp else ""
+        image = f'<img src="data:image/png;base64,{data}" alt="{caption}"{shown}>'
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
