@@ -48,6 +48,11 @@ class BranchGraph:
         """int64[N], MACs of each branch for one row of the network's batch."""
         return np.array([branch.macs for branch in self.branches], np.int64)
 
+    @property
+    def call_macs(self) -> int:
+        """MACs of one call that computes everything, for one row of the network's batch."""
+        return self.other_macs + int(self.macs.sum())
+
     def total_macs(self, compute: NDArray[np.bool_]) -> int:
         """MACs of one generation of one row under `compute`, bool[T, N]."""
         self._check(compute)

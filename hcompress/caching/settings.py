@@ -12,8 +12,8 @@ Positive = Annotated[float, Field(gt=0)]
 class HarmoniCaSettings(BaseModel):
     """HarmoniCa: step-wise denoising training (SDT) with the image error proxy objective (IEPO).
 
-    The method is the paper's; the defaults of lr, init, trajectories and batch are not: they settle in 200 updates a
-    row, where the paper takes 2 000 at a tenth of the rate (recipe dit-xl-2-256_ddim10_harmonica).
+    The method is the paper's; the defaults of lr, clamp, init, trajectories and batch are not: they settle in 200
+    updates a row, where the paper takes 2 000 at a fifteenth of the rate (recipe dit-xl-2-256_ddim10_harmonica).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -62,7 +62,7 @@ def _model(name: str, as_json: bool) -> None:
         branches = [{"name": b.name, "macs": b.macs, "shape": b.shape} for b in graph.branches]
         print(json.dumps({"model": name, "branches": branches, "other_macs": graph.other_macs}))
         return
-    total = graph.other_macs + int(graph.macs.sum())
+    total = graph.call_macs
     table = Table("branch", "MMACs", "share", "slot", title=f"{name}: {len(graph)} branches, {total / 1e6:.1f} MMACs")
     for branch in graph.branches:
         slot = " x ".join(map(str, branch.shape))

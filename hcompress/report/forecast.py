@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from hcompress.recipe import Recipe
 from hcompress.setting import setting_of
 
@@ -15,6 +17,8 @@ def forecast(recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
     graph, calls, settings = setting.adapter.graph, setting.table.num_calls, recipe.caching
     rows = settings.batch * (1 if recipe.cfg == 1.0 else 2)
     refreshes = math.ceil(settings.trajectories / max(1, settings.refresh // calls))
+    laziest = np.zeros((calls, len(graph)), bool)  # the most that may be reused: all but the first call
+    laziest[0] = True
     elements = sum(math.prod(branch.shape) for branch in graph.branches)
     return {
         "model": recipe.model,
@@ -27,8 +31,7 @@ def forecast(recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
         "model_calls": settings.trajectories * (3 * calls - 2) + refreshes * (calls + calls * (calls - 1) // 2),
         "rows_per_call": rows,
         "slot_bytes": elements * rows * 4,
-        "macs_dense": graph.other_macs + int(graph.macs.sum()),
-        "highest_cur": (calls - 1) / calls,
-        "highest_mac_ratio": calls * (graph.other_macs + int(graph.macs.sum()))
-        / (calls * graph.other_macs + int(graph.macs.sum())),
-    }  # fmt: skip
+        "macs_dense": graph.call_macs,
+        "highest_cur": float(1 - laziest.mean()),
+        "highest_mac_ratio": graph.mac_ratio(laziest),
+    }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,8 +58,6 @@ def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
     """FD-64, accuracy, precision and recall with their floors; empty for models that have no offline metrics."""
     if not setting.model.name.startswith("zoo:fashion"):
         return {}
-    import torch
-
     measured = fashion_metrics(samples, torch.tensor(balanced_labels(setting, len(samples))))
     return {name: value for name, value in vars(measured).items() if name != "num_samples"}
 
