@@ -35,6 +35,16 @@ def hard_route(compute: NDArray[np.bool_], slots: Slots) -> Route:
     return route
 
 
+def fill_route(slots: Slots) -> Route:
+    """Compute everything and store it: the first call of a trajectory, a forced full call, a trace."""
+
+    def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
+        slots[branch] = evaluate()
+        return slots[branch]
+
+    return route
+
+
 def start_noise(adapter: Adapter, seed: int, samples: Sequence[int]) -> Tensor:
     """x_T, float32[B, C, H, W], from the documented generator (hcompress_runtime.noise)."""
     return torch.from_numpy(gaussian(seed, samples, adapter.sample_shape)).to(adapter.device)

@@ -6,7 +6,6 @@ A checkpoint is written after every trajectory (it is a few kilobytes), so at mo
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -110,9 +109,7 @@ def _schedule(recipe: Recipe, setting: Setting, training: Training) -> Schedule:
 
 
 def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from conftest import make_dit, make_table
 from diffusers import DDIMScheduler
 
 from hcompress.adapter import compute_all
-from hcompress.caching.harmonica import Training, fill_route, soft_route
+from hcompress.caching.harmonica import Training, soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.models.dit import DiT
+from hcompress.sampling import fill_route
 from hcompress.solver import probe
 
 CALLS, BRANCHES = 4, 4

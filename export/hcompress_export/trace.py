@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition
+from hcompress.sampling import fill_route
 from hcompress_export.passes import name_batch, name_weights_by_content
 from hcompress_export.translate import TRANSLATIONS
 
@@ -71,12 +72,7 @@ class _Exposed(nn.Module):
         self, latent: Tensor, condition: Condition, constants: dict[str, Tensor], cfg: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         exposed: dict[int, Tensor] = {}
-
-        def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
-            exposed[branch] = evaluate()
-            return exposed[branch]
-
-        output = self.adapter.guided(latent, condition, constants, 1.0 if cfg is None else cfg, route)
+        output = self.adapter.guided(latent, condition, constants, 1.0 if cfg is None else cfg, fill_route(exposed))
         channels = self.adapter.sample_shape[0]
         output = output if output.shape[1] == channels else output[:, :channels]
         return output, *(exposed[branch] for branch in sorted(exposed))

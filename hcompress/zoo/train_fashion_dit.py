@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
+from hcompress.files import write_atomically
 from hcompress.zoo.fashion import load_fashion
 
 NULL_CLASS, NUM_TRAIN_TIMESTEPS = 10, 1000
@@ -68,13 +69,6 @@ def build() -> DiTTransformer2DModel:
 def learning_rate(step: int, steps: int, cooldown: int) -> float:
     """Linear warm-up, constant, linear to zero over the last `cooldown` of `steps`."""
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / cooldown)
-
-
-def save_atomically(state: dict[str, object], path: Path) -> None:
-    """torch.save under a temporary name, then rename: a kill leaves the old file whole."""
-    scratch = path.with_suffix(".part")
-    torch.save(state, scratch)
-    os.replace(scratch, path)
 
 
 def train(run: Path, steps: int, cooldown: int, seed: int) -> None:
@@ -129,7 +123,8 @@ def train(run: Path, steps: int, cooldown: int, seed: int) -> None:
             print(f"step {done}/{steps}  loss {record['loss']:.4f}  {seconds:.2f} s a step", flush=True)
         if done % 250 == 0 or done == steps:
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            save_atomically({**state, "rng": rng.get_state(), "step": done}, checkpoint)
+            state |= {"rng": rng.get_state(), "step": done}
+            write_atomically(checkpoint, partial(torch.save, state))
 
 
 def store(run: Path, folder: Path) -> None:

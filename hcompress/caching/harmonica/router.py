@@ -1,4 +1,4 @@
-"""The router: T x N logits, all that training them has to remember, and the routes of training."""
+"""The router: T x N logits, all that training them has to remember, and the route of training."""
 
 from __future__ import annotations
 
@@ -81,15 +81,5 @@ def soft_route(scores: Tensor, keep: NDArray[np.bool_], slots: Slots) -> Route:
         if keep[branch]:
             slots[branch] = mixed.detach()
         return mixed
-
-    return route
-
-
-def fill_route(slots: Slots) -> Route:
-    """Compute everything and store it: the first call of a trajectory, and a forced full call."""
-
-    def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
-        slots[branch] = evaluate()
-        return slots[branch]
 
     return route

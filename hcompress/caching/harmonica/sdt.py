@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
 from hcompress.caching.harmonica import iepo
-from hcompress.caching.harmonica.router import Router, fill_route, soft_route
+from hcompress.caching.harmonica.router import Router, soft_route
 from hcompress.caching.harmonica.steering import Steering
 from hcompress.caching.settings import HarmoniCaSettings
-from hcompress.sampling import constants_of, sample, solver_noises, start_noise
+from hcompress.sampling import constants_of, fill_route, sample, solver_noises, start_noise
 from hcompress_runtime.table import SolverTable
 
 TRAINING_STREAMS, SCORING_STREAMS = 1 << 32, 1 << 33  # sample numbers that `generate` never reaches
