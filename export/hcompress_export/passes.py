@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+from hcompress_export.narrow import narrow
 from hcompress_runtime.plan import Pattern
 
 
@@ -29,6 +30,8 @@ def step_graph(traced: ir.Model, pattern: Pattern) -> ir.Model:
     model = traced.clone()
     expose(model, writes)
     reuse(model, reads)
+    remove_unused(model)
+    narrow(model)
     remove_unused(model)
     return model
 
@@ -49,6 +52,24 @@ def name_batch(model: ir.Model) -> None:
         if value.shape is not None:
             free = "rows" if value.name and value.name.startswith("cache.") else "batch"
             value.shape = ir.Shape([size if isinstance(size, int) else free for size in value.shape])
+
+
+def keep_slots_flat(model: ir.Model) -> None:
+    """Keep what a branch computed as its last linear layer leaves it, [rows tokens, width].
+
+    Before: `cache.<branch>` is a Reshape of what a Gemm gave. After: it is what the Gemm gave, and the Reshape is part
+    of its use. A Reshape costs nothing unless its result leaves the graph: then ONNX Runtime copies it.
+    """
+    outputs = model.graph.outputs
+    for index, value in enumerate([*outputs]):
+        node = value.producer()
+        if value.name and value.name.startswith("cache.") and node and node.op_type == "Reshape":
+            flat, name = node.inputs[0], value.name
+            if flat is None or value.shape is None:
+                raise AssertionError(f"{name} is reshaped from nothing, or has no shape")
+            value.name, flat.name = f"{name}.shaped", name
+            flat.shape, flat.type = ir.Shape(["rows tokens", value.shape[-1]]), value.type
+            outputs[index] = flat
 
 
 def name_weights_by_content(model: ir.Model) -> None:

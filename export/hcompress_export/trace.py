@@ -7,7 +7,7 @@ The graph is traced once; `hcompress_export.passes` cuts every step's graph out 
     in   step.<constant>   float32[1, ...], everything that derives from the timestep alone
     in   cfg               float32[], the guidance scale; absent where there is no guidance (a scale of 1)
     out  model_output      float32[batch, C, H, W], after guidance, without the channels of a learned variance
-    out  cache.<branch>    float32[rows, ...], before the gate; rows = 2 batch under guidance
+    out  cache.<branch>    float32[rows tokens, width], before the gate; rows = 2 batch under guidance
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition
 from hcompress.sampling import fill_route
-from hcompress_export.passes import name_batch, name_weights_by_content
+from hcompress_export.passes import keep_slots_flat, name_batch, name_weights_by_content
 from hcompress_export.translate import TRANSLATIONS
 
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
@@ -57,6 +57,7 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
         )
     model = cast(Any, exported).model
     name_batch(model)
+    keep_slots_flat(model)
     name_weights_by_content(model)
     return model
 

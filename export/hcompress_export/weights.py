@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import onnx_ir as ir
 
 from hcompress.files import write_atomically
+from hcompress_export.narrow import parse_rows
 from hcompress_export.passes import Region
 
 INLINE_BYTES = 512  # smaller tensors stay inside the graphs
@@ -25,14 +26,18 @@ DTYPES = {
 def write_weights(path: Path, models: Iterable[ir.Model]) -> dict[str, Region]:
     """Write what the initializers of `models` hold to `path` and say where each one lies, by name.
 
-    Equal names must hold equal tensors (`passes.name_weights_by_content`). Written here and not by the safetensors
-    library because graphs point into the file, and because a model need not fit in memory twice.
+    Equal names must hold equal tensors (`passes.name_weights_by_content`); rows of a tensor lie inside it. Written here
+    and not by the safetensors library because graphs point into the file, and because a model need not fit in memory
+    twice.
     """
     tensors: dict[str, ir.TensorProtocol] = {}
     for model in models:
         for name, value in model.graph.initializers.items():
             if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES:
                 tensors[name] = value.const_value
+    parts = {name: part for name in tensors if (part := parse_rows(name)) and part[0] in tensors}
+    for name in parts:
+        del tensors[name]
     # The widest types first, as the library does it, so that every tensor is aligned; then by name.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {}
@@ -50,7 +55,11 @@ def write_weights(path: Path, models: Iterable[ir.Model]) -> dict[str, Region]:
 
     write_atomically(path, content)
     spans = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: Region(len(text) + begin, end - begin) for name, (begin, end) in spans.items()}
+    regions = {name: Region(len(text) + begin, end - begin) for name, (begin, end) in spans.items()}
+    for name, (whole, first, last) in parts.items():
+        row_bytes = regions[whole].length // header[whole]["shape"][0]
+        regions[name] = Region(regions[whole].offset + first * row_bytes, (last - first) * row_bytes)
+    return regions
 
 
 def _header(header: dict[str, Any]) -> bytes:

@@ -67,12 +67,12 @@ class DiT(Adapter):
             def attention(h: Tensor = h, block: Any = block, s: Tensor = scale_a, b: Tensor = shift_a) -> Tensor:
                 return block.attn1(block.norm1.norm(h) * (1 + s) + b)
 
-            h = gate_a * route(2 * index, attention) + h
+            h = h + gate_a * route(2 * index, attention)
 
             def mlp(h: Tensor = h, block: Any = block, s: Tensor = scale_m, b: Tensor = shift_m) -> Tensor:
                 return block.ff(block.norm3(h) * (1 + s) + b)
 
-            h = gate_m * route(2 * index + 1, mlp) + h
+            h = h + gate_m * route(2 * index + 1, mlp)
         shift, scale = self.network.proj_out_1(conditioning[self.embedder_of_block[0]])[:, None].chunk(2, dim=2)
         h = self.network.proj_out_2(self.network.norm_out(h) * (1 + scale) + shift)
         return _unpatchify(h, self.network.patch_size, self.network.out_channels)
@@ -133,5 +133,5 @@ def _linear_macs(module: nn.Module) -> int:
 def _unpatchify(h: Tensor, patch: int, channels: int) -> Tensor:
     """[R, L, patch * patch * C] to [R, C, H, W]; the grid is square."""
     side = int(h.shape[1] ** 0.5)
-    h = h.reshape(-1, side, side, patch, patch, channels)
-    return torch.einsum("nhwpqc->nchpwq", h).reshape(-1, channels, side * patch, side * patch)
+    h = h.reshape(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return h.reshape(-1, channels, side * patch, side * patch)
