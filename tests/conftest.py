@@ -80,7 +80,13 @@ class Exported:
 
 
 def export(
-    path: Path, adapter: Adapter, mask: np.ndarray | None, *, solver: str = "ddim", cfg: float = CFG
+    path: Path,
+    adapter: Adapter,
+    mask: np.ndarray | None,
+    *,
+    solver: str = "ddim",
+    cfg: float = CFG,
+    layout: str = "embedded",
 ) -> Exported:
     """Export `adapter` under `mask` (None: dense) to `path`."""
     from hcompress.schedule import Schedule
@@ -89,7 +95,7 @@ def export(
     table, solver_identity = make_table(solver)
     identity = adapter.identity("tiny", solver_identity, cfg)
     schedule = None if mask is None else Schedule(mask, adapter.graph.names, identity, {"name": "random"})
-    export_bundle(adapter, table, identity, path, cfg=cfg, schedule=schedule)
+    export_bundle(adapter, table, identity, path, cfg=cfg, schedule=schedule, layout=layout)
     return Exported(adapter, table, identity, schedule, path)
 
 

@@ -25,7 +25,8 @@ from hcompress.files import sha256, write_atomically
 from hcompress.sampling import constants_of
 from hcompress.schedule import Identity, Schedule
 from hcompress_export.freeze import freeze
-from hcompress_export.passes import move_weights_out, step_graph
+from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
+from hcompress_export.switch import switch_graph
 from hcompress_export.trace import OPSET, trace
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
@@ -44,6 +45,7 @@ def export_bundle(
     *,
     cfg: float,
     schedule: Schedule | None = None,
+    layout: str = "embedded",
     opset: int = OPSET,
     inspect: Callable[[Path], object] = lambda folder: None,
 ) -> Bundle:
@@ -51,6 +53,8 @@ def export_bundle(
 
     Nothing is at `out` until all is written and `inspect` has returned: it is given the finished folder, may run it
     and add files to it, and what it raises leaves `out` as it was. Equal input gives equal bytes.
+
+    layout: one of hcompress_runtime.bundle.LAYOUTS, see export/FORMAT.md; without slots nothing is switched
 
     Raises ScheduleError for a schedule of another model or solver, BundleError where `out` is something other than a
     bundle, RunError where the disk refuses.
@@ -60,13 +64,14 @@ def export_bundle(
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
     plan = freeze(adapter.graph, compute)
     with _replacing(Path(out)) as folder:
-        graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan)
+        graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan, layout)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
         frozen = plan.to_json()
         manifest = {
             "format": FORMAT,
+            "layout": layout,
             "identity": asdict(identity),
             "method": schedule.method if schedule else {"name": "dense"},
             "cur": float(1 - compute.mean()),
@@ -94,19 +99,28 @@ def export_bundle(
     return open_bundle(out)
 
 
-def _write_graphs(folder: Path, traced: ir.Model, plan: Plan) -> tuple[dict[str, Any], dict[Pattern, str]]:
-    """Write weights, and a graph for each pattern; say what each graph file holds and which file runs a pattern."""
-    models = {pattern: step_graph(traced, pattern) for pattern in plan.patterns}
+def _write_graphs(folder: Path, traced: ir.Model, plan: Plan, layout: str) -> tuple[dict[str, Any], dict[Pattern, str]]:
+    """Write weights and graphs; say what each graph file holds and which file runs a pattern."""
+    if layout == "switch":
+        one = switch_graph(traced, plan.branches, plan.slots)
+        models = dict.fromkeys(plan.patterns, one)
+    else:
+        models = {pattern: step_graph(traced, pattern) for pattern in plan.patterns}
     regions = write_weights(folder / WEIGHTS, models.values())
-    graphs, file_of = {}, {}
+    graphs, files, file_of = {}, dict[int, str](), {}
     for pattern, model in models.items():
-        weight_bytes = sum(regions[name].length for name in model.graph.initializers if name in regions)
-        move_weights_out(model, regions, Path(WEIGHTS).name)
-        content = ir.to_proto(model).SerializeToString(deterministic=True)
-        file = f"{Path(WEIGHTS).parent}/{hashlib.sha256(content).hexdigest()[:16]}.onnx"
-        graphs[file] = {"nodes": model.graph.num_nodes(), "weight_bytes": weight_bytes}
-        file_of[pattern] = file
-        write_atomically(folder / file, content)
+        if id(model) not in files:
+            weight_bytes = sum(regions[name].length for name in model.graph.initializers if name in regions)
+            if layout == "per-mask":
+                make_weights_inputs(model, regions)
+            else:
+                move_weights_out(model, regions, Path(WEIGHTS).name)
+            content = ir.to_proto(model).SerializeToString(deterministic=True)
+            file = f"{Path(WEIGHTS).parent}/{hashlib.sha256(content).hexdigest()[:16]}.onnx"
+            graphs[file] = {"nodes": model.graph.num_nodes(), "weight_bytes": weight_bytes}
+            files[id(model)] = file
+            write_atomically(folder / file, content)
+        file_of[pattern] = files[id(model)]
     return graphs, file_of
 
 

@@ -133,3 +133,16 @@ def move_weights_out(model: ir.Model, regions: Mapping[str, Region], file: str) 
             value.const_value = ir.ExternalTensor(
                 file, region.offset, region.length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
+
+
+def make_weights_inputs(model: ir.Model, regions: Mapping[str, Region]) -> None:
+    """Before: initializers hold their bytes. After: those named in `regions` are inputs, for whoever runs to bind."""
+    graph = model.graph
+    for name in [name for name in graph.initializers if name in regions]:
+        value = graph.initializers.pop(name)
+        tensor = value.const_value
+        if tensor is None:
+            raise AssertionError(f"initializer {name} has no value")
+        value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value.const_value = None
+        graph.inputs.append(value)

@@ -22,6 +22,7 @@ FORMAT = "hcompress-bundle-1"
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
 WEIGHTS = "graphs/weights.safetensors"  # beside the graphs: ONNX external data may not lie outside the graph's folder
+LAYOUTS = ("embedded", "per-mask", "switch")
 AGAIN = "export or copy it again"
 
 
@@ -32,6 +33,7 @@ class Bundle:
     Legend: T model calls, B samples, R rows of the network's batch (`rows_per_sample` B).
 
     path:            its folder
+    layout:          one of LAYOUTS
     plan:            what each call computes, reads, writes and frees
     graphs:          the graph file of each call, relative to `path`
     weight_bytes:    of each distinct graph, shared tensors counted for each
@@ -46,6 +48,7 @@ class Bundle:
     """
 
     path: Path
+    layout: str
     plan: Plan
     graphs: tuple[str, ...]
     weight_bytes: Mapping[str, int]
@@ -85,6 +88,7 @@ def open_bundle(path: Path | str) -> Bundle:
         constants = _load_constants(path / CONSTANTS)
         bundle = Bundle(
             path=path,
+            layout=manifest["layout"],
             plan=Plan.from_json(manifest),
             graphs=tuple(step["graph"] for step in manifest["steps"]),
             weight_bytes={file: graph["weight_bytes"] for file, graph in manifest["graphs"].items()},
@@ -157,6 +161,8 @@ def _load_constants(file: Path) -> dict[str, NDArray[Any]]:
 
 def _check_fits(bundle: Bundle) -> None:
     """The parts were made for each other: T steps everywhere, graphs that exist and are vouched for."""
+    if bundle.layout not in LAYOUTS:
+        raise BundleError(f"{bundle.path} has layout {bundle.layout!r}; this version runs: {', '.join(LAYOUTS)}")
     calls = bundle.table.num_calls
     if len(bundle.plan.steps) != calls:
         raise BundleError(f"{bundle.path} has {len(bundle.plan.steps)} steps but a solver of {calls} calls; {AGAIN}")

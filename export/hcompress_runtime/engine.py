@@ -28,7 +28,8 @@ class Engine(ABC):
     ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
         """Model output [B, C, H, W] and the slots written, by name.
 
-        `feeds` may hold more inputs, and `slots` more slots, than this graph has use for.
+        `feeds` may hold more inputs, and `slots` more slots, than this graph has use for. A `switch` graph may be given
+        fewer slots than it lists, and may write more than the step wants.
         """
 
     @staticmethod

@@ -7,7 +7,8 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
   session's. Zoo model, two threads, 8 samples: 156 ms; 191 where no pool ever spins, 500 where all always do.
 - weights: all sessions point into one file, but each re-packs what it uses for its kernels, as a private copy. That is
   worth 3 % (8 samples) to 10 % (one sample) on this model and more on others, so it stays on until the copies would
-  fill memory; without it, sessions share the file's pages.
+  fill memory; without it, sessions share the file's pages. The `switch` layout has but one session and copy; in
+  `per-mask` weights are inputs, which nothing packs and all sessions share.
 """
 
 from __future__ import annotations
@@ -22,9 +23,28 @@ from numpy.typing import NDArray
 
 from hcompress_runtime.engine import Engine, SlotValue
 from hcompress_runtime.errors import BundleError, InputError, missing
+from hcompress_runtime.weights import find, map_weights
 
-READ, WRITTEN = "cache_in.", "cache_out."
+READ, WRITTEN, WEIGHT = "cache_in.", "cache_out.", "w."
+ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "gpu")}
+
+
+@final
+class SharedWeights:
+    """The weights in `file` as ONNX Runtime's values, each made once: on a CPU the file's pages, elsewhere a copy."""
+
+    def __init__(self, file: Path, provider: str) -> None:
+        self.arrays, self.provider = map_weights(file), provider
+        self.values: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """The OrtValue of a tensor, or of rows of one."""
+        from onnxruntime import OrtValue
+
+        if name not in self.values:
+            self.values[name] = OrtValue.ortvalue_from_numpy(find(self.arrays, name), self.provider)
+        return self.values[name]
 
 
 @final
@@ -35,14 +55,24 @@ class OnnxRuntime(Engine):
     provider: a key of PROVIDERS
     threads:  of one operator; None leaves it to ONNX Runtime (all physical cores)
     prepack:  re-pack the weights, see above
+    weights:  what to bind where weights are inputs; one for all sessions
 
     Entering raises MissingExtra where onnxruntime or the provider is absent, BundleError for a graph that it rejects.
     """
 
-    def __init__(self, graph: Path, *, provider: str = "cpu", threads: int | None = None, prepack: bool = True) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        prepack: bool = True,
+        weights: SharedWeights | None = None,
+    ) -> None:
         if provider not in PROVIDERS:
             raise InputError(f"there is no provider {provider!r}; choose from: {', '.join(PROVIDERS)}")
         self.graph, self.provider, self.threads, self.prepack = graph, provider, threads, prepack
+        self.weights = weights
 
     def __enter__(self) -> Self:
         name, extra = PROVIDERS[self.provider]
@@ -67,9 +97,10 @@ class OnnxRuntime(Engine):
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             reason = " ".join(str(error).split())
             raise BundleError(f"onnxruntime cannot load {self.graph} ({reason}); export it again") from error
-        inputs = [value.name for value in self.session.get_inputs()]
-        self.feeds = [name for name in inputs if not name.startswith(READ)]
-        self.reads = [(name, name.removeprefix(READ)) for name in inputs if name.startswith(READ)]
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        self.bound = {name: self.weights[name] for name in inputs if self.weights and name.startswith(WEIGHT)}
+        self.reads = {name.removeprefix(READ): _empty(value) for name, value in inputs.items() if name.startswith(READ)}
+        self.feeds = [name for name in inputs if not name.startswith(READ) and name not in self.bound]
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.writes = [name.removeprefix(WRITTEN) for name in self.outputs[1:]]
         return self
@@ -80,12 +111,14 @@ class OnnxRuntime(Engine):
     def infer(
         self, feeds: Mapping[str, NDArray[Any]], slots: Mapping[str, SlotValue]
     ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
-        """See Engine. Caches stay on the device and are handed on uncopied."""
+        """See Engine. Caches stay on the device, handed on uncopied; a slot that holds nothing is bound empty."""
         binding = self.session.io_binding()
         for name in self.feeds:
             binding.bind_cpu_input(name, feeds[name])
-        for name, slot in self.reads:
-            binding.bind_ortvalue_input(name, slots[slot])
+        for name, value in self.bound.items():
+            binding.bind_ortvalue_input(name, value)
+        for slot, nothing in self.reads.items():
+            binding.bind_ortvalue_input(READ + slot, slots.get(slot, nothing))
         for name in self.outputs:
             binding.bind_output(name, "cpu" if name == "model_output" else self.provider)
         self.session.run_with_iobinding(binding)
@@ -96,6 +129,14 @@ class OnnxRuntime(Engine):
     def nbytes(value: SlotValue) -> int:
         """See Engine."""
         return int(value.tensor_size_in_bytes())
+
+
+def _empty(slot: Any) -> Any:
+    """What the `switch` graph is given for a slot that its step does not read."""
+    from onnxruntime import OrtValue
+
+    shape = [size if isinstance(size, int) else 0 for size in slot.shape]
+    return OrtValue.ortvalue_from_numpy(np.zeros(shape, ELEMENTS[slot.type]))
 
 
 @cache

@@ -16,11 +16,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hcompress_runtime.bundle import Bundle, open_bundle
+from hcompress_runtime.bundle import WEIGHTS, Bundle, open_bundle
 from hcompress_runtime.engine import Engine, SlotValue
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
-from hcompress_runtime.ort import OnnxRuntime
+from hcompress_runtime.ort import OnnxRuntime, SharedWeights
 
 PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 OnStep = Callable[[int, NDArray[np.float32]], object]
@@ -49,14 +49,16 @@ class Runtime:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         if prepack is None:
-            prepack = sum(self.bundle.weight_bytes.values()) <= PREPACK_LIMIT_BYTES
+            prepack = (
+                len(self.bundle.weight_bytes) == 1 or sum(self.bundle.weight_bytes.values()) <= PREPACK_LIMIT_BYTES
+            )
+        weights = SharedWeights(self.bundle.path / WEIGHTS, provider) if self.bundle.layout == "per-mask" else None
+        options: Mapping[str, Any] = {"provider": provider, "threads": threads, "prepack": prepack, "weights": weights}
         self.peak_cache_bytes = 0
         """The most bytes that slots have held at once so far, measured."""
         with ExitStack() as stack:
             self.engines: dict[str, Engine] = {
-                file: stack.enter_context(
-                    OnnxRuntime(self.bundle.path / file, provider=provider, threads=threads, prepack=prepack)
-                )
+                file: stack.enter_context(OnnxRuntime(self.bundle.path / file, **options))
                 for file in dict.fromkeys(self.bundle.graphs)
             }
             self._stack = stack.pop_all()
@@ -110,7 +112,7 @@ class Runtime:
             engine = self.engines[file]
             output, written = engine.infer(self._feeds(call, x, labels), slots)
             outputs.append(output)
-            slots |= written
+            slots |= {name: written[name] for name in step.writes}
             self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
             for name in step.frees:
                 del slots[name]
@@ -120,7 +122,10 @@ class Runtime:
 
     def _feeds(self, call: int, x: NDArray[np.float32], labels: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
         constants = {f"step.{name}": rows[call : call + 1] for name, rows in self.bundle.constants.items()}
-        return {"latent": x, "labels": labels, "cfg": np.array(self.bundle.cfg, np.float32), **constants}
+        computes = self.bundle.plan.steps[call].computes
+        compute = np.array([branch in computes for branch in self.bundle.plan.branches])
+        scale = np.array(self.bundle.cfg, np.float32)
+        return {"latent": x, "labels": labels, "cfg": scale, "compute": compute, **constants}
 
     def _check(self, labels: Sequence[int], seed: int, batch: int, first: int) -> None:
         classes = self.bundle.num_classes

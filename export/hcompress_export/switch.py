@@ -1,0 +1,78 @@
+"""One graph for all steps: an `If` round every branch that some step reuses, with the step's row of the mask as input.
+
+    compute[i]  ──▶ If ── then: the nodes that only branch i needs, weights taken from the graph around it
+                      └── else: cache_in.<branch>
+
+One session then serves all steps, so weights are held once and may be packed for the kernels, however many patterns a
+schedule has. What is given up: inside one graph no slot can be left out, so every branch that is ever reused has an
+input and an output at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import onnx_ir as ir
+
+from hcompress_export.passes import remove_unused
+
+COMPUTE = "compute"
+
+
+def switch_graph(traced: ir.Model, branches: Sequence[str], switched: Collection[str]) -> ir.Model:
+    """The graph of every step: `switched` of all `branches` are computed where `compute`, bool[N], says so.
+
+    traced: see trace.py. Copies it. In: `compute`, and `cache_in.<slot>` for all of `switched`; out: `cache_out.<slot>`.
+    """
+    model = traced.clone()
+    graph = model.graph
+    mask = ir.Value(name=COMPUTE, shape=ir.Shape([len(branches)]), type=ir.TensorType(ir.DataType.BOOL))
+    outputs = {str(value.name): value for value in graph.outputs}
+    graph.outputs.clear()  # a value that is still an output cannot have its uses replaced
+    results = [outputs["model_output"]]
+    graph.inputs.append(mask)
+    for index, name in enumerate(branches):
+        if name in switched:
+            results.append(_switch(graph, outputs[f"cache.{name}"], mask, index, name))
+    graph.outputs.extend(results)
+    remove_unused(model)
+    return model
+
+
+def _switch(graph: ir.Graph, branch: ir.Value, mask: ir.Value, index: int, name: str) -> ir.Value:
+    """Put an If round what computes `branch`; its output takes the branch's place."""
+    last = branch.producer()
+    if last is None:
+        raise AssertionError(f"nothing computes {branch.name}")
+    slot = ir.Value(name=f"cache_in.{name}", shape=branch.shape, type=branch.type)
+    graph.inputs.append(slot)
+    at = ir.Value(name=f"branch.{index}", const_value=ir.tensor(index, ir.DataType.INT64, name=f"branch.{index}"))
+    graph.initializers[f"branch.{index}"] = at
+    condition = ir.Node("", "Gather", [mask, at])
+    condition.outputs[0].name = f"compute.{name}"
+    kept = ir.Node("", "Identity", [slot])
+    chosen = ir.Node("", "If", [condition.outputs[0]])
+    graph.insert_after(last, [condition, chosen])
+    result = chosen.outputs[0]
+    ir.convenience.replace_all_uses_with(branch, result)
+    inside = exclusive(graph, last)
+    graph.remove(inside)
+    for value, what in ((kept.outputs[0], "kept"), (branch, "computed"), (result, "cache_out")):
+        value.name, value.shape, value.type = f"{what}.{name}", branch.shape, branch.type
+    chosen.attributes["then_branch"] = ir.AttrGraph("then_branch", _body("then", [*inside], branch))
+    chosen.attributes["else_branch"] = ir.AttrGraph("else_branch", _body("else", [kept], kept.outputs[0]))
+    return result
+
+
+def exclusive(graph: ir.Graph, last: ir.Node) -> list[ir.Node]:
+    """`last` and the nodes before it of which nobody else uses anything, in order."""
+    found = {last}
+    for node in reversed([*graph]):
+        uses = [use.node for value in node.outputs for use in value.uses()]
+        if uses and found.issuperset(uses) and not any(value.is_graph_output() for value in node.outputs):
+            found.add(node)
+    return [node for node in graph if node in found]
+
+
+def _body(kind: str, nodes: Sequence[ir.Node], output: ir.Value) -> ir.Graph:
+    return ir.Graph([], [output], nodes=nodes, name=f"{kind} {output.name}")

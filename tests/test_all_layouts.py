@@ -1,0 +1,94 @@
+"""Every layout of a bundle gives the same samples from weights stored once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import CALLS, export, make_dit, random_mask
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hcompress.adapter import Adapter
+from hcompress.errors import BundleError
+from hcompress_export.parity import parity
+from hcompress_runtime import Runtime
+from hcompress_runtime.bundle import LAYOUTS, WEIGHTS, open_bundle
+from hcompress_runtime.weights import find, map_weights
+
+CLOSE = 1e-5  # as in test_export: float32 rounding between libraries, over 5 calls
+LABELS = [0, 1, 2, 4, 3]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000), reuse=st.floats(0.1, 0.9))
+def test_all_layouts_equal_the_reference_sampler(
+    tiny_dit: Adapter, tmp_path: Path, layout: str, seed: int, reuse: float
+) -> None:
+    mask = random_mask(CALLS, len(tiny_dit.graph), reuse=reuse, seed=seed)
+    exported = export(tmp_path / "bundle", tiny_dit, mask, layout=layout)
+    with Runtime(exported.path, threads=1) as runtime:
+        assert parity(tiny_dit, runtime, LABELS, mask, seed=seed).max() <= CLOSE
+        assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(len(LABELS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_dense_model_fits_every_layout(tiny_dit: Adapter, tmp_path: Path, layout: str) -> None:
+    with Runtime(export(tmp_path / "bundle", tiny_dit, None, layout=layout).path) as runtime:
+        assert parity(tiny_dit, runtime, LABELS).max() <= CLOSE
+
+
+def test_all_layouts_store_the_same_weights_once(tmp_path: Path) -> None:
+    adapter = make_dit()
+    mask = random_mask(CALLS, len(adapter.graph))
+    files = {
+        layout: (export(tmp_path / layout, adapter, mask, layout=layout).path / WEIGHTS).read_bytes()
+        for layout in LAYOUTS
+    }
+    assert len({*files.values()}) == 1
+
+
+def test_a_per_mask_graph_holds_no_weights_and_lists_those_it_uses(tmp_path: Path, tiny_dit: Adapter) -> None:
+    bundle = open_bundle(export(tmp_path / "b", tiny_dit, random_mask(CALLS, 4), layout="per-mask").path)
+    weights = map_weights(bundle.path / WEIGHTS)
+    for file, weight_bytes in bundle.weight_bytes.items():
+        graph = ir.load(bundle.path / file).graph
+        inputs = {str(value.name): value for value in graph.inputs if str(value.name).startswith("w.")}
+        assert sum(find(weights, name).nbytes for name in inputs) == weight_bytes
+        assert all(find(weights, name).shape == tuple(value.shape.numpy()) for name, value in inputs.items())
+        assert (bundle.path / file).stat().st_size < weight_bytes
+        assert all(value.const_value.nbytes < 512 for value in graph.initializers.values())
+
+
+def test_a_switch_bundle_is_one_graph_with_an_if_for_every_branch_that_is_reused(tmp_path: Path) -> None:
+    adapter = make_dit()
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    bundle = open_bundle(export(tmp_path / "b", adapter, mask, layout="switch").path)
+    assert len({*bundle.graphs}) == 1
+    graph = ir.load(bundle.path / bundle.graphs[0]).graph
+    bodies = [node.attributes["then_branch"].as_graph() for node in graph if node.op_type == "If"]
+    assert len(bodies) == 3 == (~mask).any(axis=0).sum()
+    # Norms, both linear layers of an MLP and all four of attention are skipped; the gate's part of adaLN is not.
+    inside = [sum(node.op_type == "Gemm" for node in body) for body in bodies]
+    assert inside == [4, 2, 2]
+    assert all(any(node.op_type == "LayerNormalization" for node in body) for body in bodies)
+
+
+def test_a_layout_of_another_version_is_refused(tmp_path: Path, tiny_dit: Adapter) -> None:
+    path = export(tmp_path / "b", tiny_dit, random_mask(CALLS, 4)).path
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"layout": "embedded"', '"layout": "folded"'))
+    with pytest.raises(BundleError, match=r"layout 'folded'.*embedded, per-mask, switch"):
+        open_bundle(path)
+
+
+def test_a_weight_that_is_missing_is_named(tmp_path: Path, tiny_dit: Adapter) -> None:
+    path = export(tmp_path / "b", tiny_dit, random_mask(CALLS, 4)).path
+    with pytest.raises(BundleError, match=r"wants weights w\.0123\[0:4\]"):
+        find(map_weights(path / WEIGHTS), "w.0123[0:4]")
+    (path / WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(BundleError, match="not a weight file"):
+        map_weights(path / WEIGHTS)
