@@ -9,7 +9,7 @@ All other ways to run a schedule (frozen graphs, a patched diffusers pipeline) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -75,6 +75,22 @@ def sample(
     noises: Sequence[Tensor] = (),
 ) -> Tensor:
     """Generate [B, C, H, W] from `start`, caching as `compute` bool[T, N] says; None computes everything."""
+    calls = trajectory(adapter, table, condition, start, cfg=cfg, compute=compute, noises=noises)
+    return table.combine(table.num_calls, start, [output for _, output, _ in calls], noises)
+
+
+@torch.no_grad()
+def trajectory(
+    adapter: Adapter,
+    table: SolverTable,
+    condition: Condition,
+    start: Tensor,
+    *,
+    cfg: float,
+    compute: NDArray[np.bool_] | None = None,
+    noises: Sequence[Tensor] = (),
+) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
+    """x and the guided output, [B, C, H, W] both, and the slots, of each of T calls; the dict of slots is the same one."""
     channels = adapter.sample_shape[0]
     slots: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
@@ -82,7 +98,7 @@ def sample(
         x = table.combine(call, start, outputs, noises)
         route = compute_all if compute is None else hard_route(compute[call], slots)
         outputs.append(adapter.guided(x, condition, constants, cfg, route)[:, :channels])
-    return table.combine(table.num_calls, start, outputs, noises)
+        yield x, outputs[-1], slots
 
 
 def sample_seeded(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,3 +125,40 @@ def test_a_grid_is_ten_a_row_with_white_between() -> None:
     assert (pixels[6:, 14:] == 255).all()  # an unfinished row is filled up with white
     assert grid(samples[:1, :1]).shape == (4, 5)
     assert grid(np.float32([[[[-3, -1, 0, 1, 3]]]])).tolist() == [[0, 0, 128, 255, 255]]
+
+
+def test_verify_finds_that_bundles_agree_with_pytorch(hcompress: Any, exported: Path) -> None:
+    code, out, _ = hcompress("verify", exported / "bundle", "--json")
+    proofs = json.loads(out)["proofs"]
+    assert code == 0
+    assert [Path(proof["bundle"]).name for proof in proofs if proof["backend"] == "cpu"] == ["bundle", "bundle-dense"]
+    assert all(0 < proof["worst"] <= proof["tolerance"] == 1e-4 for proof in proofs if not proof["skipped"])
+    assert "agrees" in hcompress("verify", exported / "bundle")[1]
+
+
+def test_verify_names_the_first_tensor_that_a_wrong_weight_moves(
+    hcompress: Any, exported: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    network = load_file(tiny_run.parent / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    wrong = network["transformer_blocks.1.ff.net.2.weight"].tobytes()
+    folder = shutil.copytree(exported / "bundle", tmp_path / "bundle")
+    weights, manifest = folder / "graphs" / "weights.safetensors", folder / "manifest.json"
+    before = weights.read_bytes()
+    assert before.count(wrong) == 1
+    weights.write_bytes(before.replace(wrong, bytes(len(wrong))))
+    hashes = [hashlib.sha256(data).hexdigest() for data in (before, weights.read_bytes())]
+    manifest.write_text(manifest.read_text().replace(*hashes))
+    code, out, _ = hcompress("verify", folder, "--json")
+    drift = json.loads(out)["proofs"][0]["first_drift"]
+    assert code == 1 and drift["call"] == 0 and drift["error"] > 1e-4
+    assert drift["tensor"] == (
+        "cache_out.1.mlp" if "1.mlp" in open_bundle(folder).plan.steps[0].writes else "model_output"
+    )
+    assert f"first drift: {drift['tensor']} of call 0" in hcompress("verify", folder)[1]
+
+
+def test_verify_refuses_another_model(hcompress: Any, exported: Path) -> None:
+    code, _, err = hcompress("verify", exported / "bundle", "--model", "zoo:fashion-dit")
+    assert code == 1 and "other weights" in err and err.count("\n") == 1

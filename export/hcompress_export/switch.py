@@ -22,7 +22,7 @@ COMPUTE = "compute"
 def switch_graph(traced: ir.Model, branches: Sequence[str], switched: Collection[str]) -> ir.Model:
     """The graph of every step: `switched` of all `branches` are computed where `compute`, bool[N], says so.
 
-    traced: see trace.py. Copies it. In: `compute`, and `cache_in.<slot>` for all of `switched`; out: `cache_out.<slot>`.
+    traced: see trace.py; is copied. In: `compute`, `cache_in.<slot>` for all of `switched`; out: `cache_out.<slot>`.
     """
     model = traced.clone()
     graph = model.graph

@@ -36,3 +36,8 @@ class Engine(ABC):
     @abstractmethod
     def nbytes(value: SlotValue) -> int:
         """The bytes that a slot's value takes."""
+
+    @staticmethod
+    @abstractmethod
+    def to_numpy(value: SlotValue) -> NDArray[Any]:
+        """A copy of what a slot holds, for inspection."""

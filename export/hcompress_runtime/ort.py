@@ -130,6 +130,11 @@ class OnnxRuntime(Engine):
         """See Engine."""
         return int(value.tensor_size_in_bytes())
 
+    @staticmethod
+    def to_numpy(value: SlotValue) -> NDArray[Any]:
+        """See Engine."""
+        return np.array(value.numpy())
+
 
 def _empty(slot: Any) -> Any:
     """What the `switch` graph is given for a slot that its step does not read."""

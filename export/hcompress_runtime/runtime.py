@@ -90,32 +90,37 @@ class Runtime:
         """
         self._check(labels, seed, batch, first)
         parts = [labels[begin : begin + batch] for begin in range(0, len(labels), batch)]
-        finished = [
-            self._generate(
-                np.array(part, np.int64), seed, range(first + batch * i, first + batch * i + len(part)), on_step
-            )
-            for i, part in enumerate(parts)
-        ]
+        finished = []
+        for i, part in enumerate(parts):
+            streams = range(first + batch * i, first + batch * i + len(part))
+            finished.append(self._generate(np.array(part, np.int64), seed, streams, on_step))
         return np.concatenate(finished)
+
+    def step(
+        self, call: int, x: NDArray[np.float32], labels: NDArray[np.int64], slots: dict[str, SlotValue]
+    ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
+        """Model output [B, C, H, W] of one call, and the slots it wrote; brings `slots` up to date."""
+        plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
+        output, written = engine.infer(self._feeds(call, x, labels), slots)
+        written = {name: written[name] for name in plan.writes}
+        slots |= written
+        self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
+        for name in plan.frees:
+            del slots[name]
+        return output, written
 
     def _generate(
         self, labels: NDArray[np.int64], seed: int, streams: Sequence[int], on_step: OnStep
     ) -> NDArray[np.float32]:
-        bundle, table = self.bundle, self.bundle.table
-        start = gaussian(seed, streams, bundle.sample_shape)
-        noises = [gaussian(seed, streams, bundle.sample_shape, draw=m + 1) for m in range(table.num_noises)]
+        table = self.bundle.table
+        start = gaussian(seed, streams, self.bundle.sample_shape)
+        noises = [gaussian(seed, streams, self.bundle.sample_shape, draw=m + 1) for m in range(table.num_noises)]
         slots: dict[str, SlotValue] = {}
         outputs: list[NDArray[np.float32]] = []
-        for call, (step, file) in enumerate(zip(bundle.plan.steps, bundle.graphs, strict=True)):
+        for call in range(table.num_calls):
             x = table.combine(call, start, outputs, noises)
             on_step(call, x)
-            engine = self.engines[file]
-            output, written = engine.infer(self._feeds(call, x, labels), slots)
-            outputs.append(output)
-            slots |= {name: written[name] for name in step.writes}
-            self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
-            for name in step.frees:
-                del slots[name]
+            outputs.append(self.step(call, x, labels, slots)[0])
         x = table.combine(table.num_calls, start, outputs, noises)
         on_step(table.num_calls, x)
         return x

@@ -22,11 +22,13 @@ from hcompress.cli.generate import generate
 from hcompress.cli.import_ import import_
 from hcompress.cli.inspect import inspect
 from hcompress.cli.train import train
+from hcompress.cli.verify import verify
 from hcompress.errors import HcompressError, missing
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "export": export,
+    "verify": verify,
     "generate": generate,
     "eval": evaluate,
     "bench": bench,
