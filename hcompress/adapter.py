@@ -76,6 +76,11 @@ class Adapter(ABC, nn.Module):
         """Where the weights are; inputs are expected there."""
         return next(self.network.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are in: float32, or a half that branches and slots are then in too."""
+        return next(self.network.parameters()).dtype
+
     @final
     def guided(
         self,
@@ -90,12 +95,15 @@ class Adapter(ABC, nn.Module):
         Rows of the doubled batch are [cond ; uncond], one routing decision for both. Channels beyond
         `guided_channels` (a learned variance) keep the conditional half, as diffusers and DiT do. A scale of exactly
         1.0 is no guidance; a scalar Tensor is a scale that is only known later, and always doubles the rows.
+
+        x and output are float32 whatever the network computes in, so guidance and solver never round to a half.
         """
+        x, wide = x.to(self.dtype), torch.promote_types(self.dtype, torch.float32)
         if isinstance(cfg, float) and cfg == 1.0:
-            return self(x, condition, constants, route)
+            return self(x, condition, constants, route).to(wide)
         null = self.null_condition(condition)
         both = {name: torch.cat([condition[name], null[name]]) for name in condition}
-        rows = self(torch.cat([x, x]), both, constants, route)
+        rows = self(torch.cat([x, x]), both, constants, route).to(wide)
         cond, uncond = rows[: x.shape[0]], rows[x.shape[0] :]  # not chunk(2), which torch.export cannot prove for any B
         n = self.guided_channels
         mixed = uncond[:, :n] + cfg * (cond[:, :n] - uncond[:, :n])

@@ -18,22 +18,29 @@ from hcompress.errors import ScheduleError
 class Branch:
     """One residual branch.
 
-    name:  "<layer>.<branch>", such as "3.attn"
-    macs:  multiply-accumulates of one evaluation for one sample (one row of the network's batch)
-    shape: of its output for one sample, such as (tokens, width)
+    name:   "<layer>.<branch>", such as "3.attn"
+    macs:   multiply-accumulates of one evaluation for one sample (one row of the network's batch)
+    shape:  of its output for one sample, such as (tokens, width)
+    params: parameters that nothing but this branch uses, so that a call which reuses it does not need them
     """
 
     name: str
     macs: int
     shape: tuple[int, ...]
+    params: int
 
 
 @dataclass(frozen=True)
 class BranchGraph:
-    """The N branches of a network in execution order, and the MACs of one call outside all of them."""
+    """The N branches of a network in execution order, and what lies outside all of them.
+
+    other_macs:   of one call, for one row of the network's batch
+    other_params: parameters that belong to no branch alone; equal copies of a module count once
+    """
 
     branches: tuple[Branch, ...]
     other_macs: int
+    other_params: int
 
     def __len__(self) -> int:
         return len(self.branches)
@@ -52,6 +59,11 @@ class BranchGraph:
     def call_macs(self) -> int:
         """MACs of one call that computes everything, for one row of the network's batch."""
         return self.other_macs + int(self.macs.sum())
+
+    @property
+    def total_params(self) -> int:
+        """Parameters of the network; equal copies of a module count once."""
+        return self.other_params + sum(branch.params for branch in self.branches)
 
     def total_macs(self, compute: NDArray[np.bool_]) -> int:
         """MACs of one generation of one row under `compute`, bool[T, N]."""

@@ -90,7 +90,7 @@ def trajectory(
     compute: NDArray[np.bool_] | None = None,
     noises: Sequence[Tensor] = (),
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-    """x and the guided output, [B, C, H, W] both, and the slots, of each of T calls; the dict of slots is the same one."""
+    """(x, guided output, slots) of each of the T calls; x and output [B, C, H, W], slots one dict for all calls."""
     channels = adapter.sample_shape[0]
     slots: dict[int, Tensor] = {}
     outputs: list[Tensor] = []

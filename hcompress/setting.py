@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hcompress.adapter import Adapter
+from hcompress.caching.rules import parse_rule
 from hcompress.errors import ModelError
 from hcompress.models.loading import Model, load_model
 from hcompress.recipe import Recipe, resolve
@@ -59,3 +60,18 @@ def open_finished(run: Path) -> tuple[Setting, Schedule]:
     schedule = Schedule.load(folder.schedule)
     schedule.check_fits(setting.adapter.graph, setting.identity)
     return setting, schedule
+
+
+def open_with(model: str, schedule: str, solver: str, steps: int, cfg: float) -> tuple[Setting, Schedule]:
+    """The setting of MODEL and a schedule for it: a schedule.safetensors, or a rule such as `random:0.375`.
+
+    A file brings its own solver steps and guidance, which must be those asked for. Raises ModelError, ScheduleError.
+    """
+    setting = open_setting(model, solver, steps, cfg)
+    graph = setting.adapter.graph
+    if Path(schedule).is_file():
+        learned = Schedule.load(Path(schedule))
+        learned.check_fits(graph, setting.identity)
+        return setting, learned
+    compute = parse_rule(schedule, setting.table.num_calls, graph)
+    return setting, Schedule(compute, graph.names, setting.identity, {"name": "rule", "rule": schedule})

@@ -148,6 +148,39 @@ def test_mac_ratio_is_dense_over_cached(adapter: Adapter) -> None:
     assert graph.mac_ratio(compute) == 2 * whole / (whole + graph.other_macs) > 1
 
 
+def test_params_are_all_of_the_network_with_equal_embedders_once(adapter: Adapter) -> None:
+    graph, network = adapter.graph, adapter.network
+    embedders = [block.norm1.emb.state_dict() for block in network.transformer_blocks]
+    distinct = {tuple(float(tensor.double().sum()) for tensor in state.values()): state for state in embedders}
+    sizes = [tensor.numel() for state in distinct.values() for tensor in state.values()]
+    sizes += [parameter.numel() for name, parameter in network.named_parameters() if ".norm1.emb." not in name]
+    assert graph.other_params + sum(branch.params for branch in graph.branches) == graph.total_params == sum(sizes)
+
+
+def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adapter: Adapter) -> None:
+    """A gradient reaches no parameter of a reused branch, nor the rows of adaLN that give its shift and scale."""
+    x, timesteps, condition = inputs(adapter, 2)
+    constants = adapter.step_constants(timesteps)
+    parameters = dict(adapter.network.requires_grad_(True).named_parameters())
+
+    def needed(reused: int | None) -> int:
+        def route(branch: int, compute):
+            return torch.ones(2, *adapter.graph.branches[branch].shape) if branch == reused else compute()
+
+        loss = adapter(x, condition, constants, route).square().sum()
+        gradients = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+        found = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        parts = [
+            part for name, gradient in found.items() for part in gradient.chunk(6 if ".norm1.linear" in name else 1)
+        ]
+        return sum(part.numel() for part in parts if part.any())
+
+    dense = needed(None)
+    assert [dense - needed(branch) for branch in range(len(adapter.graph))] == [
+        b.params for b in adapter.graph.branches
+    ]
+
+
 def test_names_are_unique_and_follow_the_blocks(adapter: Adapter) -> None:
     blocks = len(adapter.network.transformer_blocks)
     assert adapter.graph.names == tuple(f"{block}.{kind}" for block in range(blocks) for kind in ("attn", "mlp"))

@@ -125,9 +125,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: change_constant(b, "table.outputs", np.ones_like),
         r"strictly lower triangular",
     ),
-    "half precision": (
-        lambda b: edit(b, lambda m: m.update(dtype="float16")),
-        r"computes in float16; this version runs float32",
+    "unknown precision": (
+        lambda b: edit(b, lambda m: m.update(dtype="float8")),
+        r"computes in float8; this version runs: float32, float16, bfloat16",
     ),
 }
 

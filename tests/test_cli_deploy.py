@@ -162,3 +162,52 @@ def test_verify_names_the_first_tensor_that_a_wrong_weight_moves(
 def test_verify_refuses_another_model(hcompress: Any, exported: Path) -> None:
     code, _, err = hcompress("verify", exported / "bundle", "--model", "zoo:fashion-dit")
     assert code == 1 and "other weights" in err and err.count("\n") == 1
+
+
+def test_dry_run_says_what_every_layout_takes_and_writes_nothing(
+    hcompress: Any, tiny_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    code, text, _ = hcompress("export", tiny_run, "--out", out, "--dry-run", "--json")
+    figures = json.loads(text)
+    assert code == 0 and not out.exists() and figures["why"].startswith(f"{figures['layout']}: ")
+    assert [one["layout"] for one in figures["layouts"]] == ["embedded", "per-mask", "switch"]
+    assert all(one["device_bytes"] > one["weight_bytes"] > 0 < one["disk_bytes"] for one in figures["layouts"])
+    assert "scratch" in hcompress("export", tiny_run, "--dry-run")[1]
+
+
+def test_a_rule_on_a_model_exports_with_merged_masks(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:
+    model, out = tiny_run.parent / "model", tmp_path / "bundle"
+    flags = ("--schedule", "random:0.4:1", "--steps", 5, "--out", out, "--json")
+    figures = json.loads(hcompress("export", model, *flags, "--max-graphs", 2, "--layout", "per-mask")[1])
+    bundle = open_bundle(out)
+    assert figures["num_graphs"] == len({*bundle.graphs}) == 2 and bundle.layout == figures["layout"] == "per-mask"
+    assert figures["macs_given_up"] > 0 and max(figures["parity"]) < 1e-5
+    assert bundle.manifest["method"] == {"name": "rule", "rule": "random:0.4:1", "max_graphs": 2}
+    one = json.loads(hcompress("export", model, *flags, "--layout", "switch", "--no-prove")[1])
+    assert one["num_graphs"] == 1 and one["parity"] == [] and open_bundle(out).layout == "switch"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--layout", "folded"], "no layout 'folded'; choose from: auto, embedded, per-mask, switch"),
+        (["--memory-budget", "many"], "--memory-budget 'many' should be a size such as 8GB"),
+        (["--memory-budget", "100kB"], "no layout fits into 0.1 MB: the smallest, per-mask, needs"),
+        (["--memory-budget", "1kB", "--layout", "switch"], "switch needs"),
+        (["--max-graphs", "0"], "--max-graphs 1 or more"),
+        (["--dtype", "float8"], "no precision 'float8'; choose from: float32, float16, bfloat16"),
+    ],
+)
+def test_what_export_cannot_do_is_one_line(
+    hcompress: Any, tiny_run: Path, tmp_path: Path, flags: list[str], line: str
+) -> None:
+    code, _, err = hcompress("export", tiny_run, "--out", tmp_path / "bundle", *flags)
+    assert code == 1 and line in err and err.count("\n") == 1 and not (tmp_path / "bundle").exists()
+
+
+def test_a_model_without_a_schedule_is_one_line(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:
+    code, _, err = hcompress("export", tiny_run.parent / "model", "--out", tmp_path / "bundle")
+    assert code == 1 and "--schedule" in err and err.count("\n") == 1
+    code, _, err = hcompress("export", tiny_run)
+    assert code == 1 and "--out" in err

@@ -19,7 +19,8 @@ from hcompress_runtime.plan import Plan, Step
 
 def graph_of(num_branches: int) -> BranchGraph:
     """Branches whose slots all have different sizes."""
-    return BranchGraph(tuple(Branch(f"{n}.b", 10, (n + 1, 3)) for n in range(num_branches)), other_macs=1)
+    branches = tuple(Branch(f"{n}.b", macs=10, shape=(n + 1, 3), params=5) for n in range(num_branches))
+    return BranchGraph(branches, other_macs=1, other_params=1)
 
 
 @st.composite
@@ -30,11 +31,12 @@ def masks(draw: st.DrawFn) -> np.ndarray:
     return mask
 
 
-@given(masks())
-def test_running_the_plan_gives_what_the_mask_means(mask: np.ndarray) -> None:
+@pytest.mark.parametrize("widen", [False, True])
+@given(mask=masks())
+def test_running_the_plan_gives_what_the_mask_means(mask: np.ndarray, widen: bool) -> None:
     """The plan's slots always hold what the reference rule (a dict that every computation overwrites) would yield."""
     graph = graph_of(mask.shape[1])
-    plan = freeze(graph, mask)
+    plan = freeze(graph, mask, widen=widen)
     last: dict[str, int] = {}
     slots: dict[str, int] = {}
     for t, step in enumerate(plan.steps):
@@ -68,8 +70,24 @@ def test_equal_steps_share_a_pattern_and_json_keeps_everything(mask: np.ndarray)
     assert len(plan.patterns) == len({step.pattern for step in plan.steps}) <= len(mask)
 
 
-def test_a_dense_mask_has_one_pattern_and_no_slots() -> None:
-    plan = freeze(graph_of(3), np.ones((4, 3), bool))
+@given(masks())
+def test_a_wide_plan_has_one_pattern_a_mask_and_keeps_what_the_exact_one_keeps(mask: np.ndarray) -> None:
+    graph = graph_of(mask.shape[1])
+    exact, wide = freeze(graph, mask), freeze(graph, mask, widen=True)
+    assert len(wide.patterns) == len({row.tobytes() for row in mask}) <= len(exact.patterns)
+    assert wide.slots == exact.slots
+    for few, many in zip(exact.steps, wide.steps, strict=True):
+        assert (few.computes, few.reads) == (many.computes, many.reads)
+        surplus = {*many.writes} - {*few.writes}
+        assert {*many.writes} == {*few.writes} | surplus
+        assert {*many.frees} == {*few.frees} | surplus
+        equal = [step.writes for step in exact.steps if step.computes == few.computes]
+        assert {*many.writes} == {name for writes in equal for name in writes}
+
+
+@pytest.mark.parametrize("widen", [False, True])
+def test_a_dense_mask_has_one_pattern_and_no_slots(widen: bool) -> None:
+    plan = freeze(graph_of(3), np.ones((4, 3), bool), widen=widen)
     assert (len(plan.patterns), plan.peak_slots, plan.peak_cache_bytes(64), dict(plan.slots)) == (1, 0, 0, {})
 
 

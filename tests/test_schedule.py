@@ -20,7 +20,7 @@ from hcompress.branches import Branch, BranchGraph
 from hcompress.errors import ScheduleError
 from hcompress.schedule import FORMAT, Identity, Schedule
 
-GRAPH = BranchGraph(tuple(Branch(f"{i}.{kind}", 10, (4, 8)) for i in range(2) for kind in ("attn", "mlp")), 5)
+GRAPH = BranchGraph(tuple(Branch(f"{i}.{kind}", 10, (4, 8), 9) for i in range(2) for kind in ("attn", "mlp")), 5, 7)
 SOLVER = {"class": "DDIMScheduler", "steps": 5, "config_hash": "s" * 64}
 IDENTITY = Identity("zoo:tiny", "c" * 64, "w" * 64, SOLVER, 1.5)
 COMPUTE = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]], bool)
@@ -193,7 +193,7 @@ def test_what_an_imported_schedule_does_not_record_is_not_compared() -> None:
 
 
 def renamed(*names: str) -> BranchGraph:
-    return BranchGraph(tuple(Branch(name, 10, (4, 8)) for name in names), 5)
+    return BranchGraph(tuple(Branch(name, 10, (4, 8), 9) for name in names), 5, 7)
 
 
 ELSEWHERE = {

@@ -18,12 +18,14 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
+from torch import nn
 
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError, RunError
 from hcompress.files import sha256, write_atomically
 from hcompress.sampling import constants_of
 from hcompress.schedule import Identity, Schedule
+from hcompress_export.decoder import write_decoder
 from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
 from hcompress_export.switch import switch_graph
@@ -46,6 +48,8 @@ def export_bundle(
     cfg: float,
     schedule: Schedule | None = None,
     layout: str = "embedded",
+    widen: bool = False,
+    decoder: nn.Module | None = None,
     opset: int = OPSET,
     inspect: Callable[[Path], object] = lambda folder: None,
 ) -> Bundle:
@@ -54,7 +58,9 @@ def export_bundle(
     Nothing is at `out` until all is written and `inspect` has returned: it is given the finished folder, may run it
     and add files to it, and what it raises leaves `out` as it was. Equal input gives equal bytes.
 
-    layout: one of hcompress_runtime.bundle.LAYOUTS, see export/FORMAT.md; without slots nothing is switched
+    layout:  one of hcompress_runtime.bundle.LAYOUTS, see export/FORMAT.md; without slots nothing is switched
+    widen:   one graph for each distinct mask, see hcompress_export.freeze
+    decoder: from latents to pictures, see hcompress.models.decoder
 
     Raises ScheduleError for a schedule of another model or solver, BundleError where `out` is something other than a
     bundle, RunError where the disk refuses.
@@ -62,12 +68,14 @@ def export_bundle(
     if schedule:
         schedule.check_fits(adapter.graph, identity)
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
-    plan = freeze(adapter.graph, compute)
+    plan = freeze(adapter.graph, compute, widen=widen)
     with _replacing(Path(out)) as folder:
         graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan, layout)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
+        if decoder:
+            write_decoder(folder, decoder, adapter.sample_shape)
         frozen = plan.to_json()
         manifest = {
             "format": FORMAT,
@@ -77,7 +85,7 @@ def export_bundle(
             "cur": float(1 - compute.mean()),
             "mac_ratio": adapter.graph.mac_ratio(compute),
             "sample_shape": adapter.sample_shape,
-            "dtype": "float32",
+            "dtype": str(adapter.dtype).removeprefix("torch."),
             "guidance": _guidance(adapter, cfg),
             "conditions": {"labels": {"classes": adapter.num_classes}},
             "opset": opset,
@@ -133,10 +141,10 @@ def _guidance(adapter: Adapter, cfg: float) -> dict[str, Any]:
 
 
 def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
-    """The solver table and the step constants, T rows each."""
+    """The solver table and the step constants, T rows each; float32, which a graph in a half rounds to just that."""
     with torch.no_grad():
         rows = constants_of(adapter, table)
-    steps = {f"step.{name}": torch.cat([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+    steps = {f"step.{name}": torch.cat([row[name] for row in rows]).float().cpu().numpy() for name in rows[0]}
     return steps | {f"table.{name}": value for name, value in asdict(table).items()}
 
 

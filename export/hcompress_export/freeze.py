@@ -10,8 +10,11 @@ from hcompress.errors import ScheduleError
 from hcompress_runtime.plan import Plan, Step
 
 
-def freeze(graph: BranchGraph, compute: NDArray[np.bool_]) -> Plan:
+def freeze(graph: BranchGraph, compute: NDArray[np.bool_], *, widen: bool = False) -> Plan:
     """The plan of `compute`, bool[T, N]: exact liveness, as hcompress_runtime.plan defines it.
+
+    widen: steps with equal masks write what any of them has to, and free at once what the next call does not read.
+           They then share one graph, for some needless writes; what is kept from call to call stays the same.
 
     A mask that computes everything gives the dense plan, which has no slots.
     Raises ScheduleError for a mask that does not fit the graph, or whose first row reuses.
@@ -22,14 +25,20 @@ def freeze(graph: BranchGraph, compute: NDArray[np.bool_]) -> Plan:
         raise ScheduleError("the first call must compute every branch; nothing is cached before it")
     names = np.array(graph.names, object)
     next_reuses = np.vstack([~compute[1:], np.zeros_like(compute[:1])])  # after the last call nothing is read
+    writes = compute & next_reuses
+    if widen:
+        for row in np.unique(compute, axis=0):
+            equal = (compute == row).all(axis=1)
+            writes[equal] = writes[equal].any(axis=0)
+    frees = (~compute | writes) & ~next_reuses
     steps = tuple(
         Step(
-            computes=tuple(names[computed]),
-            reads=tuple(names[~computed]),
-            writes=tuple(names[computed & kept]),
-            frees=tuple(names[~computed & ~kept]),
+            computes=tuple(names[compute[t]]),
+            reads=tuple(names[~compute[t]]),
+            writes=tuple(names[writes[t]]),
+            frees=tuple(names[frees[t]]),
         )
-        for computed, kept in zip(compute, next_reuses, strict=True)
+        for t in range(len(compute))
     )
     slots = {
         branch.name: branch.shape for branch, reused in zip(graph.branches, ~compute.T, strict=True) if any(reused)

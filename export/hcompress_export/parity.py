@@ -106,7 +106,8 @@ def first_drift(found: Sequence[Drift], tolerance: float) -> Drift | None:
 def prove(adapter: Adapter, folder: Path, compute: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """The `parity` of the bundle in `folder` over a sample of each class (ten at most); leaves them as preview.png.
 
-    Raises BundleError where something exceeds TOLERANCE: such a bundle must not be used. Latents get no picture.
+    Raises BundleError where something exceeds TOLERANCE: such a bundle must not be used. Latents without a decoder get
+    no picture.
     """
     with Runtime(folder) as runtime:
         labels = range(min(10, runtime.bundle.num_classes))
@@ -117,8 +118,9 @@ def prove(adapter: Adapter, folder: Path, compute: NDArray[np.bool_] | None = No
                 f"ONNX Runtime and PyTorch differ by {drift.error:.1e} in {drift.tensor} of call {drift.call} "
                 f"({tolerance:.0e} is allowed); nothing was written. This is a bug: please report it with this bundle"
             )
-        if runtime.bundle.sample_shape[0] in (1, 3):
-            write_atomically(folder / PREVIEW, png(runtime.generate(labels)))
+        pictures = runtime.pictures(runtime.generate(labels))
+        if pictures.shape[1] in (1, 3):
+            write_atomically(folder / PREVIEW, png(pictures))
     return _latents(found)
 
 

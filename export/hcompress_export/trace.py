@@ -4,10 +4,12 @@ The graph is traced once; `hcompress_export.passes` cuts every step's graph out 
 
     in   latent            float32[batch, C, H, W], before guidance doubles the rows
     in   <condition>       such as labels, int64[batch]
-    in   step.<constant>   float32[1, ...], everything that derives from the timestep alone
+    in   step.<constant>   float32[1, ...], everything that derives from the timestep alone; no more precise than dtype
     in   cfg               float32[], the guidance scale; absent where there is no guidance (a scale of 1)
     out  model_output      float32[batch, C, H, W], after guidance, without the channels of a learned variance
-    out  cache.<branch>    float32[rows tokens, width], before the gate; rows = 2 batch under guidance
+    out  cache.<branch>    dtype[rows tokens, width], before the gate; rows = 2 batch under guidance
+
+dtype is the adapter's. Only the network itself is in it: guidance, softmax and norms are float32 whatever it is.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
     device = adapter.device
     latent = torch.zeros(3, *adapter.sample_shape, device=device)  # 3: torch.export takes 0 and 1 for constants
     condition = dict(adapter.label_condition([0, 0, 0]))
-    constants = adapter.step_constants(torch.zeros(1, device=device))
+    constants = {name: value.float() for name, value in adapter.step_constants(torch.zeros(1, device=device)).items()}
     scale = () if cfg == 1.0 else (torch.tensor(cfg, device=device),)
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 20)}
     names = ["latent", *condition, *(f"step.{name}" for name in constants), *["cfg"][: len(scale)]]
-    with _quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         # Exported here and not inside torch.onnx.export, which silently falls back to a fixed batch size.
         program = torch.export.export(
             _Exposed(adapter).eval(),
@@ -73,6 +75,7 @@ class _Exposed(nn.Module):
         self, latent: Tensor, condition: Condition, constants: dict[str, Tensor], cfg: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         exposed: dict[int, Tensor] = {}
+        constants = {name: value.to(self.adapter.dtype) for name, value in constants.items()}
         output = self.adapter.guided(latent, condition, constants, 1.0 if cfg is None else cfg, fill_route(exposed))
         channels = self.adapter.sample_shape[0]
         output = output if output.shape[1] == channels else output[:, :channels]
@@ -80,7 +83,7 @@ class _Exposed(nn.Module):
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Without what torch 2.13's exporter says on every call and nobody can act on."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
     level = logger.level

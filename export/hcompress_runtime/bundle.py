@@ -22,6 +22,8 @@ FORMAT = "hcompress-bundle-1"
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
 WEIGHTS = "graphs/weights.safetensors"  # beside the graphs: ONNX external data may not lie outside the graph's folder
+DECODER = "decoder/decoder.onnx"  # of latent models; absent in pixel space
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of what a network may compute in
 LAYOUTS = ("embedded", "per-mask", "switch")
 AGAIN = "export or copy it again"
 
@@ -62,9 +64,19 @@ class Bundle:
     mac_ratio: float
     manifest: Mapping[str, Any]
 
+    @property
+    def dtype(self) -> str:
+        """What the network computes and its slots are in, a key of ITEM_BYTES; all else is float32."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether samples are latents and the bundle can make pictures of them."""
+        return DECODER in self.manifest["files"]
+
     def peak_cache_bytes(self, batch: int) -> int:
         """The most bytes that cache slots hold at once while `batch` samples are generated."""
-        return self.plan.peak_cache_bytes(batch * self.rows_per_sample)
+        return self.plan.peak_cache_bytes(batch * self.rows_per_sample, ITEM_BYTES[self.dtype])
 
     def total_bytes(self) -> int:
         """Of all files that the manifest lists."""
@@ -171,5 +183,6 @@ def _check_fits(bundle: Bundle) -> None:
             raise BundleError(f"{bundle.path / CONSTANTS}: {name} has {len(rows)} rows for {calls} calls; {AGAIN}")
     for file in {*bundle.graphs, CONSTANTS, WEIGHTS} - bundle.manifest["files"].keys():
         raise BundleError(f"{bundle.path / MANIFEST} uses {file!r} without listing it; {AGAIN}")
-    if bundle.manifest.get("dtype") != "float32":
-        raise BundleError(f"{bundle.path} computes in {bundle.manifest.get('dtype')}; this version runs float32")
+    dtype = bundle.manifest.get("dtype")
+    if dtype not in [*ITEM_BYTES]:  # a list compares with anything
+        raise BundleError(f"{bundle.path} computes in {dtype}; this version runs: {', '.join(ITEM_BYTES)}")

@@ -13,7 +13,7 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, final
@@ -75,28 +75,9 @@ class OnnxRuntime(Engine):
         self.weights = weights
 
     def __enter__(self) -> Self:
-        name, extra = PROVIDERS[self.provider]
-        try:
-            import onnxruntime as ort
-        except ModuleNotFoundError as error:
-            raise missing("onnxruntime", extra) from error
-        if name not in ort.get_available_providers():
-            raise missing(f"an onnxruntime with {name}", extra)
-        _share_arena()
-        options = ort.SessionOptions()
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or 0
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # keeps operands close: 2 to 5 % faster
-        options.add_session_config_entry("session.disable_prepacking", str(int(not self.prepack)))
-        try:
-            # Its blocked layout pays for stacks of convolutions; here it reorders around the one that makes patches.
-            without = ["NchwcTransformer"]
-            self.session = ort.InferenceSession(str(self.graph), options, providers=[name], disabled_optimizers=without)
-        except Exception as error:  # onnxruntime's exceptions share no base class but this one
-            reason = " ".join(str(error).split())
-            raise BundleError(f"onnxruntime cannot load {self.graph} ({reason}); export it again") from error
+        # A blocked layout pays for stacks of convolutions; here it reorders around the one that makes patches.
+        without = ["NchwcTransformer"]
+        self.session = open_session(self.graph, self.provider, self.threads, prepack=self.prepack, without=without)
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.bound = {name: self.weights[name] for name in inputs if self.weights and name.startswith(WEIGHT)}
         self.reads = {name.removeprefix(READ): _empty(value) for name, value in inputs.items() if name.startswith(READ)}
@@ -134,6 +115,32 @@ class OnnxRuntime(Engine):
     def to_numpy(value: SlotValue) -> NDArray[Any]:
         """See Engine."""
         return np.array(value.numpy())
+
+
+def open_session(
+    graph: Path, provider: str, threads: int | None, *, prepack: bool = True, without: Sequence[str] = ()
+) -> Any:
+    """A session of `graph` without the optimizers called `without`. Raises MissingExtra, BundleError."""
+    name, extra = PROVIDERS[provider]
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        raise missing("onnxruntime", extra) from error
+    if name not in ort.get_available_providers():
+        raise missing(f"an onnxruntime with {name}", extra)
+    _share_arena()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # keeps operands close: 2 to 5 % faster
+    options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    try:
+        return ort.InferenceSession(str(graph), options, providers=[name], disabled_optimizers=[*without])
+    except Exception as error:  # onnxruntime's exceptions share no base class but this one
+        reason = " ".join(str(error).split())
+        raise BundleError(f"onnxruntime cannot load {graph} ({reason}); export it again") from error
 
 
 def _empty(slot: Any) -> Any:

@@ -7,6 +7,9 @@ reuses it. That makes liveness exact, and known before anything runs:
     write[t, b] = compute[t, b] and reuse[t + 1, b]            the last call writes nothing
     free[t, b]  = read[t, b] and not reuse[t + 1, b]
 
+A step may also write what the next call does not read, so as to share the graph of a step whose next call does; then
+it frees that slot at once.
+
 A slot holds the output of one branch before its gate. What a reused branch yields is today its slot, as it is. A
 correction (a small function of slots and step constants) would be named in `Step`, beside `reads`; nothing else here
 assumes that a reused branch reads exactly one slot.
@@ -31,8 +34,8 @@ class Step:
 
     computes: branches that are evaluated, in execution order; all others are reused
     reads:    slots that the reused branches yield
-    writes:   slots that take what a computed branch gave, because the next call reads it
-    frees:    slots that no later call reads
+    writes:   slots that take what a computed branch gave: the next call reads it, or the one after an equal step
+    frees:    slots that no later call reads before they are written again
     """
 
     computes: tuple[str, ...]

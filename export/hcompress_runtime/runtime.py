@@ -16,11 +16,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hcompress_runtime.bundle import WEIGHTS, Bundle, open_bundle
+from hcompress_runtime.bundle import DECODER, WEIGHTS, Bundle, open_bundle
 from hcompress_runtime.engine import Engine, SlotValue
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
-from hcompress_runtime.ort import OnnxRuntime, SharedWeights
+from hcompress_runtime.ort import OnnxRuntime, SharedWeights, open_session
 
 PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 OnStep = Callable[[int, NDArray[np.float32]], object]
@@ -54,6 +54,7 @@ class Runtime:
             )
         weights = SharedWeights(self.bundle.path / WEIGHTS, provider) if self.bundle.layout == "per-mask" else None
         options: Mapping[str, Any] = {"provider": provider, "threads": threads, "prepack": prepack, "weights": weights}
+        self._provider, self._threads = provider, threads
         self.peak_cache_bytes = 0
         """The most bytes that slots have held at once so far, measured."""
         with ExitStack() as stack:
@@ -62,6 +63,7 @@ class Runtime:
                 for file in dict.fromkeys(self.bundle.graphs)
             }
             self._stack = stack.pop_all()
+        self._decoder: Any = None
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +73,7 @@ class Runtime:
 
     def close(self) -> None:
         """Free the engines."""
-        self.engines = {}
+        self.engines, self._decoder = {}, None
         self._stack.close()
 
     def generate(
@@ -95,6 +97,18 @@ class Runtime:
             streams = range(first + batch * i, first + batch * i + len(part))
             finished.append(self._generate(np.array(part, np.int64), seed, streams, on_step))
         return np.concatenate(finished)
+
+    def pictures(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `generate` gave as pictures, float32[B, C, H, W] in about [-1, 1]: latents go through the decoder.
+
+        Where a bundle has none its samples are returned as they are. The decoder is loaded by the first call, and runs
+        one sample at a time, since its activations are many times a latent.
+        """
+        if not self.bundle.has_decoder:
+            return samples
+        if self._decoder is None:
+            self._decoder = open_session(self.bundle.path / DECODER, self._provider, self._threads)
+        return np.concatenate([self._decoder.run(None, {"latent": samples[i : i + 1]})[0] for i in range(len(samples))])
 
     def step(
         self, call: int, x: NDArray[np.float32], labels: NDArray[np.int64], slots: dict[str, SlotValue]

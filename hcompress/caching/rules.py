@@ -5,11 +5,13 @@ Each gives bool[T, N], row 0 executed first and always full. Legend: T model cal
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hcompress.branches import BranchGraph
 from hcompress.errors import ScheduleError
 
 Convention = Literal["alternate", "countdown"]
@@ -58,3 +60,24 @@ def random_mask(num_calls: int, num_branches: int, *, cur: float, seed: int) -> 
     free = np.arange(num_branches, entries)
     mask[np.random.default_rng(seed).choice(free, reused, replace=False)] = False
     return mask.reshape(num_calls, num_branches)
+
+
+def parse_rule(text: str, num_calls: int, graph: BranchGraph) -> NDArray[np.bool_]:
+    """The mask that a rule on the command line asks for: `random:CUR`, `random:CUR:SEED` or `interval:EVERY`.
+
+    Raises ScheduleError for any other text, and for a rule that `num_calls` calls do not allow.
+    """
+    rule, *values = text.split(":")
+    try:
+        if rule == "random" and len(values) in (1, 2):
+            cur, seed = float(values[0]), int(values[1]) if values[1:] else 0
+            if math.isfinite(cur) and seed >= 0:
+                return random_mask(num_calls, len(graph), cur=cur, seed=seed)
+        elif rule == "interval" and len(values) == 1:
+            return interval(num_calls, len(graph), every=int(values[0]))
+    except ValueError:
+        pass
+    raise ScheduleError(
+        f"{text!r} is no rule; write random:CUR or random:CUR:SEED, such as random:0.375, or interval:EVERY, "
+        "such as interval:2"
+    )

@@ -1,22 +1,43 @@
-"""`hcompress export`: a finished run as a bundle that needs no torch."""
+"""`hcompress export`: a finished run, or a model under a rule, as a bundle that needs no torch."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hcompress.errors import InputError
+
 if TYPE_CHECKING:
+    from hcompress.deploy import Decision
     from hcompress_runtime.bundle import Bundle
+
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Bundle to make; an older bundle there is replaced.", show_default=False)],
-    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX graphs; the only format yet.")] = True,
+    source: Annotated[str, typer.Argument(help="A finished run folder, or a MODEL.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Bundle to make; an older one there is replaced.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX graphs, which every backend starts from.")] = True,
     dense: Annotated[bool, typer.Option("--dense", help="Without caching, to compare with.")] = False,
+    layout: Annotated[str, typer.Option(help="auto, embedded, per-mask or switch; see FORMAT.md.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; norms and softmax stay float32.")
+    ] = "float32",
+    max_graphs: Annotated[int | None, typer.Option(help="Merge masks, reuse becoming compute, to so many.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="Refuse what needs more to run, such as 8GB.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once that memory is planned for.")] = 1,
+    schedule: Annotated[str | None, typer.Option(help="MODEL only: a file, random:CUR[:SEED] or interval:N.")] = None,
+    solver: Annotated[str, typer.Option(help="MODEL only.")] = "ddim",
+    steps: Annotated[int, typer.Option(help="MODEL only.")] = 20,
+    cfg: Annotated[float, typer.Option(help="MODEL only.")] = 1.5,
+    prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with PyTorch before it counts.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what every layout would take; write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Freeze a schedule into step graphs with one weight file, and prove that they give the same samples.
@@ -25,34 +46,68 @@ def export(
     """
     from rich.console import Console
 
-    with Console(stderr=True).status(f"loading {run}") as status:
-        from hcompress.setting import open_finished
-        from hcompress_export.bundle import export_bundle
-        from hcompress_export.parity import prove
+    if out is None and not dry_run:
+        raise InputError("export needs --out BUNDLE, the folder to make")
+    budget = None if memory_budget is None else _bytes(memory_budget)
+    with Console(stderr=True).status(f"loading {source}") as status:
+        from hcompress.deploy import decide, deploy, open_source
 
-        setting, schedule = open_finished(run)
-        frozen = None if dense else schedule
-        errors: list[float] = []
-
-        def inspect(folder: Path) -> None:
-            status.update("comparing with PyTorch")
-            errors.extend(prove(setting.adapter, folder, frozen.compute if frozen else None).tolist())
-
-        status.update("tracing, cutting, writing")
-        bundle = export_bundle(
-            setting.adapter, setting.table, setting.identity, out, cfg=setting.cfg, schedule=frozen, inspect=inspect
+        setting, frozen = open_source(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg)
+        decision = decide(
+            setting, frozen, layout=layout, dtype=dtype, batch=batch, max_graphs=max_graphs, memory_budget=budget
         )
+        if out is None or dry_run:
+            return _print_decision(decision, as_json)
+        bundle, errors = deploy(setting, decision, out, dtype=dtype, proven=prove, progress=status.update)
     if as_json:
-        print(json.dumps(_figures(bundle, errors)))
+        print(json.dumps(_figures(bundle, decision, errors)))
     else:
-        _print_tables(bundle, errors)
+        _print_tables(bundle, decision, errors)
 
 
-def _figures(bundle: Bundle, errors: list[float]) -> dict[str, object]:
+def _bytes(text: str) -> int:
+    """8000000000 from "8GB"."""
+    number = text.rstrip("kMGiB")
+    try:
+        return int(float(number) * UNITS[text.removeprefix(number)])
+    except (ValueError, KeyError, OverflowError) as error:
+        raise InputError(f"--memory-budget {text!r} should be a size such as 8GB or 512MiB") from error
+
+
+def _print_decision(decision: Decision, as_json: bool) -> None:
+    """What every layout would take, and which one it will be."""
+    if as_json:
+        layouts = [asdict(one) | {"device_bytes": one.device_bytes} for one in decision.estimates.values()]
+        given_up = decision.macs_given_up
+        print(
+            json.dumps(
+                {"layouts": layouts, "layout": decision.chosen.layout, "why": decision.why}
+                | {"macs_given_up": given_up}
+            )
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = ("layout", "graphs", "disk", "memory", "weights", "caches", "scratch", "load (s)")
+    table = Table(*heads, title="estimates, MB; memory is what it takes to run: weights, caches, scratch")
+    for one in decision.estimates.values():
+        sizes = (one.disk_bytes, one.device_bytes, one.weight_bytes, one.cache_bytes, one.scratch_bytes)
+        table.add_row(one.layout, str(one.num_graphs), *(f"{size / 1e6:.1f}" for size in sizes), f"{one.build_s:.1f}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(decision.why)
+    if decision.macs_given_up:
+        console.print(f"Merging masks adds {100 * decision.macs_given_up:.1f} % of the schedule's MACs.")
+
+
+def _figures(bundle: Bundle, decision: Decision, errors: list[float]) -> dict[str, object]:
     return {
         "bundle": str(bundle.path),
+        "layout": bundle.layout,
         "cur": bundle.cur,
         "mac_ratio": bundle.mac_ratio,
+        "macs_given_up": decision.macs_given_up,
         "num_graphs": len(bundle.weight_bytes),
         "bundle_bytes": bundle.total_bytes(),
         "peak_cache_bytes": bundle.peak_cache_bytes(batch=1),
@@ -60,7 +115,7 @@ def _figures(bundle: Bundle, errors: list[float]) -> dict[str, object]:
     }
 
 
-def _print_tables(bundle: Bundle, errors: list[float]) -> None:
+def _print_tables(bundle: Bundle, decision: Decision, errors: list[float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -69,8 +124,12 @@ def _print_tables(bundle: Bundle, errors: list[float]) -> None:
     for call, (step, file) in enumerate(zip(bundle.plan.steps, bundle.graphs, strict=True)):
         counts = (len(names) for names in (step.computes, step.reads, step.writes))
         weights = f"{bundle.weight_bytes[file] / 1e6:.1f}"
-        table.add_row(str(call), Path(file).stem[:8], *map(str, counts), weights, f"{errors[call + 1]:.1e}")
+        error = f"{errors[call + 1]:.1e}" if errors else "-"
+        table.add_row(str(call), Path(file).stem[:8], *map(str, counts), weights, error)
     console.print(table)
+    console.print(decision.why)
+    if decision.macs_given_up:
+        console.print(f"Merging masks adds {100 * decision.macs_given_up:.1f} % of the schedule's MACs.")
     cache = bundle.peak_cache_bytes(batch=1)
     console.print(
         f"{bundle.path}: {len(bundle.weight_bytes)} graphs, {bundle.total_bytes() / 1e6:.1f} MB; "

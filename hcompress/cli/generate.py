@@ -76,7 +76,7 @@ def _from_bundle(bundle: str, seed: int, batch: int, threads: int | None, device
     from hcompress_runtime import Runtime
 
     runtime = Runtime(bundle, device, threads)
-    return lambda labels: runtime.generate(labels, seed, batch=batch)
+    return lambda labels: runtime.pictures(runtime.generate(labels, seed, batch=batch))
 
 
 def _from_model(
@@ -92,6 +92,7 @@ def _from_model(
 ) -> Generate:
     import torch
 
+    from hcompress.models.decoder import load_decoder
     from hcompress.sampling import sample_seeded
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
@@ -105,11 +106,15 @@ def _from_model(
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)
     compute = learned.compute if learned else None
+    decoder = load_decoder(setting.model.folder)
 
     def run(labels: list[int]) -> NDArray[np.float32]:
         samples: torch.Tensor = sample_seeded(
             setting.adapter, setting.table, labels, seed=seed, cfg=setting.cfg, compute=compute, batch=batch
         )
+        if decoder:
+            with torch.no_grad():
+                samples = torch.cat([decoder(sample[None]) for sample in samples.cpu()])
         return samples.cpu().numpy()
 
     return run

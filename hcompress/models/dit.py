@@ -9,7 +9,7 @@ what derives from the timestep alone enters as a step constant, the label part s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -40,7 +40,7 @@ class DiT(Adapter):
         self.guided_channels = config.in_channels
         self.num_classes = config.num_embeds_ada_norm
         self.embedders, self.embedder_of_block = _distinct([b.norm1.emb for b in network.transformer_blocks])
-        self.graph = _branch_graph(network)
+        self.graph = _branch_graph(network, self.embedders)
 
     def config(self) -> dict[str, Any]:
         """The configuration that diffusers stores with the network."""
@@ -109,20 +109,36 @@ def _distinct(modules: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
     return distinct, index_of
 
 
-def _branch_graph(network: DiTTransformer2DModel) -> BranchGraph:
-    """MACs of one row: linears and the two attention products; norms, gates and additions are not counted."""
+def _branch_graph(network: DiTTransformer2DModel, embedders: Sequence[nn.Module]) -> BranchGraph:
+    """MACs and parameters.
+
+    MACs are those of one row, in linears and the two attention products; norms, gates and additions are not counted.
+    Of the six parts of a block's adaLN, shift and scale of a branch are parameters of it alone; its gate is not, as a
+    reused branch has one too. All six count among the other MACs: a dense call gives them in one product.
+    """
     config = network.config
     width, patch = network.inner_dim, config.patch_size
     tokens = (config.sample_size // patch) ** 2
     branches: list[Branch] = []
     for index, block in enumerate(network.transformer_blocks):
-        attention = tokens * _linear_macs(block.attn1) + 2 * tokens * tokens * width
-        branches.append(Branch(f"{index}.attn", attention, (tokens, width)))
-        branches.append(Branch(f"{index}.mlp", tokens * _linear_macs(block.ff), (tokens, width)))
+        modulation = _num_params([block.norm1.linear]) // 6 * 2
+        macs = tokens * _linear_macs(block.attn1) + 2 * tokens * tokens * width
+        params = modulation + _num_params([block.norm1.norm, block.attn1])
+        branches.append(Branch(f"{index}.attn", macs, (tokens, width), params))
+        params = modulation + _num_params([block.norm3, block.ff])
+        branches.append(Branch(f"{index}.mlp", tokens * _linear_macs(block.ff), (tokens, width), params))
     patchify = tokens * config.in_channels * patch * patch * width
-    modulation = sum(_linear_macs(block.norm1.linear) for block in network.transformer_blocks)
+    modulations = sum(_linear_macs(block.norm1.linear) for block in network.transformer_blocks)
     final = _linear_macs(network.proj_out_1) + tokens * _linear_macs(network.proj_out_2)
-    return BranchGraph(tuple(branches), patchify + modulation + final)
+    copies = _num_params(block.norm1.emb for block in network.transformer_blocks)
+    params = _num_params([network]) - copies + _num_params(embedders)
+    other_params = params - sum(branch.params for branch in branches)
+    return BranchGraph(tuple(branches), patchify + modulations + final, other_params)
+
+
+def _num_params(modules: Iterable[nn.Module]) -> int:
+    """Parameters of all `modules`; what several of them hold in common, as one object, counts once."""
+    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())
 
 
 def _linear_macs(module: nn.Module) -> int:

@@ -1,8 +1,9 @@
-"""From MODEL on the command line to an adapter: `zoo:NAME`, a local diffusers folder, or a hub id."""
+"""From MODEL on the command line to an adapter: `zoo:NAME`, `random:NAME`, a local diffusers folder, or a hub id."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
 from hcompress.models import MODELS
+from hcompress.models.random import PREFIX, SCHEDULER, make_random
 
 ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -21,7 +23,7 @@ class Model:
     name:             as the user wrote it
     adapter:          the denoiser, float32, frozen
     scheduler_config: the configuration of the scheduler that the model came with
-    folder:           where its files lie (VAE and text encoder, where it has them)
+    folder:           where its files lie (VAE and text encoder, where it has them); a random model has none
     """
 
     name: str
@@ -39,6 +41,8 @@ def load_model(name: str) -> Model:
     """Load MODEL with its weights as float32. Raises ModelError where it is absent, broken or without an adapter."""
     import torch
 
+    if name.startswith(PREFIX):
+        return Model(name, make_random(name), dict(SCHEDULER), Path(os.devnull))
     folder = _find(name)
     config = _read_json(folder / "transformer" / "config.json")
     family = config.get("_class_name")

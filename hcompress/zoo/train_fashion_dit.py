@@ -5,9 +5,8 @@
 
 Cost: about 0.9 s a step on one CPU core, 0.5 s on two. Predicts the noise (DDPM, Ho et al. 2020, eq. 14) under DiT's
 linear beta schedule; labels are replaced by the null class 10 % of the time (Ho and Salimans 2022). The learning rate
-is constant and falls linearly to zero over the last `--cooldown` steps, so a run can be prolonged by a larger `--steps`
-as long as its cool-down has not begun. One embedder serves all blocks (as in the original DiT); storing copies it into
-each, which is diffusers' layout.
+is constant and falls linearly to zero at the end of each of CYCLES; to prolong the training, add a cycle. One embedder
+serves all blocks (as in the original DiT); storing copies it into each, which is diffusers' layout.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from hcompress.files import write_atomically
 from hcompress.zoo.fashion import load_fashion
 
 NULL_CLASS, NUM_TRAIN_TIMESTEPS = 10, 1000
+CYCLES = ((4300, 1500), (8500, 2000))  # (last step, length of the cool-down before it)
 BATCH, LEARNING_RATE, WARMUP_STEPS, EMA_DECAY, LABEL_DROPOUT = 128, 8e-4, 200, 0.999, 0.1
 
 
@@ -66,13 +66,15 @@ def build() -> DiTTransformer2DModel:
     return model.eval()  # no dropout of diffusers' own: labels are dropped here, once for all blocks
 
 
-def learning_rate(step: int, steps: int, cooldown: int) -> float:
-    """Linear warm-up, constant, linear to zero over the last `cooldown` of `steps`."""
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / cooldown)
+def learning_rate(step: int) -> float:
+    """Linear warm-up, constant, linear to zero over the cool-down of each cycle."""
+    end, cooldown = next(cycle for cycle in CYCLES if step < cycle[0])
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, (end - step) / cooldown)
 
 
-def train(run: Path, steps: int, cooldown: int, seed: int) -> None:
-    """Train until `steps`, from the last checkpoint in `run` where there is one."""
+def train(run: Path, seed: int) -> None:
+    """Train to the end of the last cycle, from the last checkpoint in `run` where there is one."""
+    steps = CYCLES[-1][0]
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     pixels, classes = load_fashion("train")
@@ -94,7 +96,7 @@ def train(run: Path, steps: int, cooldown: int, seed: int) -> None:
     started, losses = time.monotonic(), []
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, cooldown)
+            group["lr"] = learning_rate(step)
         index = torch.randint(len(images), (BATCH,), generator=rng)
         x0, y = images[index], labels[index]
         y = torch.where(torch.rand(BATCH, generator=rng) < LABEL_DROPOUT, NULL_CLASS, y)
@@ -141,12 +143,10 @@ def main() -> None:
     """Parse, train, and store when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4300)
-    parser.add_argument("--cooldown", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", action="store_true", help="also write hcompress/zoo/fashion-dit")
     args = parser.parse_args()
-    train(args.run, args.steps, args.cooldown, args.seed)
+    train(args.run, args.seed)
     if args.store:
         store(args.run, Path(__file__).parent / "fashion-dit")
 

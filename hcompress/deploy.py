@@ -1,0 +1,140 @@
+"""From what a user names to a bundle: open it, decide what will be written before anything is built, write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hcompress.errors import InputError
+from hcompress.models.decoder import load_decoder
+from hcompress.schedule import Schedule
+from hcompress.setting import Setting, open_finished, open_setting, open_with
+from hcompress_export.bundle import export_bundle
+from hcompress_export.merge import merge
+from hcompress_export.parity import prove
+from hcompress_export.planner import Estimate, choose, estimate
+from hcompress_runtime.bundle import ITEM_BYTES, Bundle
+
+
+def open_source(
+    source: str, schedule: str | None, *, dense: bool, solver: str, steps: int, cfg: float
+) -> tuple[Setting, Schedule | None]:
+    """The setting of a finished run folder, or of a MODEL under `schedule`; a schedule too, unless `dense`.
+
+    Raises RunError, ModelError, SolverError, ScheduleError; InputError for a MODEL without a schedule.
+    """
+    if (Path(source) / "recipe.yaml").exists():
+        setting, learned = open_finished(Path(source))
+        return setting, None if dense else learned
+    if dense:
+        return open_setting(source, solver, steps, cfg), None
+    if schedule is None:
+        raise InputError(
+            f"{source} is no run folder; a MODEL needs --schedule, a file or a rule such as random:0.375, or --dense"
+        )
+    return open_with(source, schedule, solver, steps, cfg)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A layout and the schedule that goes into it.
+
+    schedule:      as it will be frozen; None exports the dense model
+    macs_given_up: share of the schedule's MACs that merging masks adds
+    estimates:     of every layout
+    chosen:        one of them
+    why:           a sentence
+    """
+
+    schedule: Schedule | None
+    macs_given_up: float
+    estimates: Mapping[str, Estimate]
+    chosen: Estimate
+    why: str
+
+
+def decide(
+    setting: Setting,
+    schedule: Schedule | None,
+    *,
+    backend: str = "ort-cpu",
+    layout: str = "auto",
+    dtype: str = "float32",
+    batch: int = 1,
+    max_graphs: int | None = None,
+    memory_budget: int | None = None,
+) -> Decision:
+    """Merge masks where `max_graphs` asks for it, then take `layout`, or under "auto" the planner's.
+
+    backend: a key of hcompress_export.planner.ENGINES; batch: samples; memory_budget: bytes.
+    Raises InputError where layout or precision do not exist or nothing fits into the budget, ScheduleError for
+    `max_graphs`.
+    """
+    if dtype not in ITEM_BYTES:
+        raise InputError(f"there is no precision {dtype!r}; choose from: {', '.join(ITEM_BYTES)}")
+    graph, given_up = setting.adapter.graph, 0.0
+    compute: NDArray[np.bool_] = np.ones((setting.table.num_calls, len(graph)), np.bool_)
+    if schedule:
+        compute = schedule.compute
+        if max_graphs is not None:
+            compute, extra = merge(graph, compute, max_graphs)
+            given_up = extra / graph.total_macs(schedule.compute)
+            method = schedule.method | {"max_graphs": max_graphs}
+            schedule = replace(schedule, compute=compute, method=method, logits=None)
+    rows = batch * (1 if setting.cfg == 1.0 else 2)
+    itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
+    every = estimate(graph, compute, rows=rows, itemsize=itemsize, backend=backend, widen=widen)
+    estimates = {one.layout: one for one in every}
+    if layout == "auto":
+        chosen, why = choose(every, backend=backend, memory_budget=memory_budget)
+        return Decision(schedule, given_up, estimates, chosen, why)
+    if layout not in estimates:
+        raise InputError(f"there is no layout {layout!r}; choose from: auto, {', '.join(estimates)}")
+    chosen = estimates[layout]
+    if memory_budget is not None and chosen.device_bytes > memory_budget:
+        needed, allowed = (f"{size / 1e6:.1f} MB" for size in (chosen.device_bytes, memory_budget))
+        raise InputError(f"{layout} needs {needed}, over the budget of {allowed}; raise it or pass --layout auto")
+    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.")
+
+
+def deploy(
+    setting: Setting,
+    decision: Decision,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    proven: bool = True,
+    progress: Callable[[str], object] = lambda doing: None,
+) -> tuple[Bundle, list[float]]:
+    """Write the bundle that was decided on, and the drift of its latents from PyTorch's (none where not `proven`).
+
+    The weights of `setting` are in `dtype` from then on. Raises what `export_bundle` and `prove` raise.
+    """
+    schedule, errors = decision.schedule, list[float]()
+    compute = schedule.compute if schedule else None
+    adapter = setting.adapter.to(getattr(torch, dtype))
+
+    def inspect(folder: Path) -> None:
+        if proven:
+            progress("comparing with PyTorch")
+            errors.extend(prove(adapter, folder, compute).tolist())
+
+    progress("tracing, cutting, writing")
+    bundle = export_bundle(
+        adapter,
+        setting.table,
+        setting.identity,
+        out,
+        cfg=setting.cfg,
+        schedule=schedule,
+        layout=decision.chosen.layout,
+        widen=bool(schedule and "max_graphs" in schedule.method),
+        decoder=load_decoder(setting.model.folder),
+        inspect=inspect,
+    )
+    return bundle, errors

@@ -1,0 +1,43 @@
+"""From latents to pictures: the decoder of the VAE that a latent model came with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hcompress.errors import ModelError
+
+
+class Decoder(nn.Module):
+    """Pictures [B, 3, H, W], about [-1, 1], for latents [B, C, h, w] as the denoiser scales them.
+
+    The scale is `scaling_factor` of the VAE's configuration (Rombach et al. 2022, section 4.3.2 of the appendix: unit
+    variance), and its `shift_factor` where it has one.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """One picture for each latent."""
+        decoded: Tensor = self.vae.decode(latent / self.scale + self.shift, return_dict=False)[0]
+        return decoded
+
+
+def load_decoder(folder: Path) -> Decoder | None:
+    """The decoder in `folder`/vae, float32; None for a model in pixel space. Raises ModelError where it is broken."""
+    if not (folder / "vae").is_dir():
+        return None
+    from diffusers import AutoencoderKL
+
+    try:
+        return Decoder(AutoencoderKL.from_pretrained(str(folder / "vae"), torch_dtype=torch.float32))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the VAE in {folder / 'vae'} cannot be read ({reason}); download or copy it again") from error
