@@ -1,6 +1,6 @@
 """Learned schedules against rules, chance and fewer steps, at equal cost: the quality table of the README.
 
-    python benchmarks/quality.py                    # 3 seeds, 2 000 samples, T = 20 and 10; about 40 minutes on 2 threads
+    python benchmarks/quality.py                    # 3 seeds, 2 000 samples, T = 20 and 10; an hour on 2 threads
     python benchmarks/quality.py --samples 200      # a quick look
 
 Every row is one file under --work, so an interrupted run goes on where it stopped. Routers are trained by the shipped

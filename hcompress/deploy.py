@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from hcompress.setting import Setting, open_finished, open_setting, open_with
 from hcompress_export.bundle import export_bundle
 from hcompress_export.merge import merge
 from hcompress_export.parity import prove
-from hcompress_export.planner import Estimate, choose, estimate
+from hcompress_export.planner import ENGINES, Estimate, choose, estimate
+from hcompress_runtime.backends import check_target, choose_flavor, load
 from hcompress_runtime.bundle import ITEM_BYTES, Bundle
+from hcompress_runtime.engine_cache import gpu_here
 
 
 def open_source(
@@ -38,6 +40,22 @@ def open_source(
             f"{source} is no run folder; a MODEL needs --schedule, a file or a rule such as random:0.375, or --dense"
         )
     return open_with(source, schedule, solver, steps, cfg)
+
+
+def check_engines(flavor: str, layout: str, sms: Sequence[int]) -> str:
+    """The planner's backend for engines, once it is sure that they can be built here; the export takes minutes.
+
+    Raises InputError for a layout or flavor that has none, MissingExtra and EngineError for what is missing.
+    """
+    if layout == "switch":
+        raise InputError("engines need a graph for each step; pass --layout per-mask, embedded or auto with --trt")
+    chosen = choose_flavor(flavor)
+    library = load(chosen)
+    for sm in sms if chosen.name == "rtx" else ():
+        check_target(library, sm)
+    if not sms:
+        gpu_here(chosen)
+    return {"trt": "tensorrt", "rtx": "rtx"}[chosen.name]
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,8 @@ def decide(
     rows = batch * (1 if setting.cfg == 1.0 else 2)
     itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
     every = estimate(graph, compute, rows=rows, itemsize=itemsize, backend=backend, widen=widen)
+    if ENGINES[backend]:
+        every = [one for one in every if one.layout != "switch"]  # its If would cut TensorRT's fusions
     estimates = {one.layout: one for one in every}
     if layout == "auto":
         chosen, why = choose(every, backend=backend, memory_budget=memory_budget)

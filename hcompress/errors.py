@@ -8,6 +8,8 @@ HcompressError
 ├── RunError         a run folder cannot be resumed or written
 ├── DataError        data that a command needs is absent or broken
 ├── BundleError      a bundle is truncated, tampered with, or of an unknown format       (hcompress_runtime)
+├── DiskError        a file cannot be written; what was there before is untouched        (hcompress_runtime)
+├── EngineError      a library, driver or GPU that engines need is absent or unfit       (hcompress_runtime)
 ├── InputError       labels, seeds or sizes that this model cannot take                  (hcompress_runtime)
 └── MissingExtra     an optional library is not installed; the message holds the command (hcompress_runtime)
 
@@ -16,11 +18,21 @@ Anything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from hcompress_runtime.errors import BundleError, HcompressError, InputError, MissingExtra, missing
+from hcompress_runtime.errors import (
+    BundleError,
+    DiskError,
+    EngineError,
+    HcompressError,
+    InputError,
+    MissingExtra,
+    missing,
+)
 
 __all__ = [
     "BundleError",
     "DataError",
+    "DiskError",
+    "EngineError",
     "HcompressError",
     "InputError",
     "MissingExtra",

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hcompress.errors import RunError
-from hcompress.files import write_atomically
 from hcompress.recipe import Recipe, dump, first_difference, resolve
+from hcompress_runtime.files import write_atomically
 
 PACKAGES = (
     "hcompress",

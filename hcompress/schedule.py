@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from hcompress.branches import BranchGraph
 from hcompress.errors import ScheduleError
-from hcompress.files import write_atomically
+from hcompress_runtime.files import write_atomically
 
 FORMAT = "hcompress-schedule-1"
 
@@ -129,7 +129,7 @@ class Schedule:
                 )
 
     def save(self, path: Path) -> None:
-        """Write to `path`, atomically. Raises RunError where the disk refuses."""
+        """Write to `path`, atomically. Raises DiskError where the disk refuses."""
         tensors: dict[str, NDArray[Any]] = {"compute": self.compute}
         if self.logits is not None:
             tensors["logits"] = self.logits

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hcompress.caching.harmonica import OneProcess, Progress, Ranks, Training
 from hcompress.errors import RunError
-from hcompress.files import write_atomically
 from hcompress.recipe import Recipe
 from hcompress.rundir import RunDir, open_run
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of
+from hcompress_runtime.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -211,3 +211,34 @@ def test_a_model_without_a_schedule_is_one_line(hcompress: Any, tiny_run: Path, 
     assert code == 1 and "--schedule" in err and err.count("\n") == 1
     code, _, err = hcompress("export", tiny_run)
     assert code == 1 and "--out" in err
+
+
+def test_export_builds_engines_for_gpus_that_are_not_here(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed; pip install 'hcompress[trt-rtx]'")
+    flags = ("--trt", "--flavor", "rtx", "--sm", 89, "--batch", "1,2,4", "--layout", "per-mask", "--no-prove")
+    code, text, _ = hcompress("export", tiny_run, "--out", tmp_path / "bundle", *flags, "--json")
+    (built,) = json.loads(text)["engines"]
+    files = [*(tmp_path / "bundle" / "engines" / built["target"]).glob("*.engine")]
+    assert code == 0 and len(files) == json.loads(text)["num_graphs"]
+    assert built["engine_bytes"] == sum(file.stat().st_size for file in files) > 0 < built["seconds"]
+    assert "engines for batch 1,2,4" in " ".join(
+        hcompress("export", tiny_run, "--out", tmp_path / "b", *flags)[1].split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--sm", "90"], "sm_90"),
+        (["--sm", "89", "--layout", "switch"], "--layout per-mask"),
+        (["--sm", "89", "--batch", "4,1"], "such as 1,4,8"),
+        (["--flavor", "cpu"], "no flavor 'cpu'"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused_before_the_export(
+    hcompress: Any, tiny_run: Path, tmp_path: Path, flags: list[str], line: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed; pip install 'hcompress[trt-rtx]'")
+    flavor = [] if "--flavor" in flags else ["--flavor", "rtx"]
+    code, _, err = hcompress("export", tiny_run, "--trt", *flavor, *flags, "--out", tmp_path / "bundle")
+    assert code == 1 and line in err and err.count("\n") == 1 and not (tmp_path / "bundle").exists()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import typer
 
-from hcompress.cli.doctor import NEEDS, Need, examine
+from hcompress.cli.doctor import NEEDS, Need, examine, linked_tensorrt
 from hcompress.cli.main import app
 from hcompress.recipe import resolve, shipped
 
@@ -127,3 +127,32 @@ def test_doctor_tells_absent_from_broken(tmp_path, monkeypatch):
     assert "no_such_dependency" in examine(Need("a", "hungry_backend", "x", "gpu")).problem
     limping = examine(Need("a", "json", "x", "gpu", lambda: ("no GPU", "buy one")))
     assert (limping.works, limping.problem, limping.fix) == (False, "no GPU", "buy one")
+
+
+def test_doctor_says_when_tensorrt_10_and_11_are_mixed_up(tmp_path, monkeypatch):
+    (tmp_path / "bindings_of_11.py").write_text(
+        "raise ImportError('libnvinfer.so.11: cannot open shared object file: No such file or directory')"
+    )
+    (tmp_path / "tensorrt_libs").mkdir()
+    (tmp_path / "tensorrt_libs" / "__init__.py").touch()
+    (tmp_path / "tensorrt_libs" / "libnvinfer.so.10").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = examine(Need("a", "bindings_of_11", "x", "trt"))
+    assert found.problem == ("TensorRT 11's bindings need libnvinfer.so.11, which is not here; libnvinfer.so.10 is")
+    assert found.fix == "pip install --force-reinstall 'hcompress[trt]'"
+
+
+def test_doctor_reads_which_tensorrt_a_library_is_linked_with(tmp_path):
+    library = tmp_path / "provider.so"
+    library.write_bytes(b"\x7fELF libcudart.so.13\0libnvinfer.so.10\0libnvinfer_plugin.so.10\0")
+    assert linked_tensorrt(library) == "libnvinfer.so.10"
+    library.write_bytes(b"\x7fELF")
+    assert linked_tensorrt(library) is None
+
+
+def test_doctor_tells_building_engines_from_running_them():
+    need = next(need for need in NEEDS if need.module == "tensorrt_rtx")
+    pytest.importorskip(need.module, reason="pip install 'hcompress[trt-rtx]'")
+    found = examine(need)
+    assert found.version.startswith("1.")
+    assert found.works or found.problem.startswith("builds engines but cannot run them: ")

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from hcompress.adapter import Adapter
-from hcompress.errors import BundleError, RunError, ScheduleError
+from hcompress.errors import BundleError, DiskError, ScheduleError
 from hcompress.sampling import hard_route, sample_seeded
 from hcompress_export.bundle import export_bundle
 from hcompress_export.freeze import freeze
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_the_old_bundle_whole(tiny_bundle: Exported, tmp_path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
     try:
-        with pytest.raises(RunError, match=r"cannot write .*weights\.safetensors: File too large"):
+        with pytest.raises(DiskError, match=r"cannot write .*weights\.safetensors: File too large"):
             re_export(tiny_bundle, tmp_path / "bundle")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -253,7 +253,7 @@ def test_a_failed_export_leaves_the_old_bundle_whole(tiny_bundle: Exported, tmp_
         assert Runtime(folder).generate([0]).shape == (1, 2, 8, 8)  # what is inspected is complete
         raise failure
 
-    with pytest.raises(RunError if isinstance(failure, OSError) else ZeroDivisionError):
+    with pytest.raises(DiskError if isinstance(failure, OSError) else ZeroDivisionError):
         re_export(tiny_bundle, tmp_path / "bundle", inspect=fail)
     assert open_bundle(tmp_path / "bundle").cur > 0
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from hcompress.errors import RunError
-from hcompress.files import sha256, write_atomically
+from hcompress.errors import DiskError
+from hcompress_runtime.files import sha256, write_atomically
 
 LIMIT_BYTES = 64 * 1024
 
@@ -49,7 +49,7 @@ def test_bytes_and_functions_write_the_same_file_into_a_new_folder(tmp_path):
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path, small_disk, content):
     path = tmp_path / "schedule.safetensors"
     path.write_bytes(b"old")
-    with pytest.raises(RunError, match=r"cannot write .*schedule\.safetensors: File too large") as caught:
+    with pytest.raises(DiskError, match=r"cannot write .*schedule\.safetensors: File too large") as caught:
         write_atomically(path, content)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == b"old"
@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, small_disk, content):
 
 def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "out").write_bytes(b"")
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(DiskError, match="cannot write"):
         write_atomically(tmp_path / "out" / "grid.png", b"new")
 
 
@@ -82,7 +82,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file_whole(tmp_path):
     half_written = """
 import sys, time
 from pathlib import Path
-from hcompress.files import write_atomically
+from hcompress_runtime.files import write_atomically
 
 def slow(file):
     file.write(b"half")
@@ -109,7 +109,7 @@ def test_a_reader_never_sees_a_partial_file(tmp_path):
     replace_forever = """
 import sys
 from pathlib import Path
-from hcompress.files import write_atomically
+from hcompress_runtime.files import write_atomically
 
 while True:
     write_atomically(Path(sys.argv[1]), b"x" * 100_000)

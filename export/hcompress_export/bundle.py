@@ -21,8 +21,7 @@ from safetensors.numpy import save
 from torch import nn
 
 from hcompress.adapter import Adapter
-from hcompress.errors import BundleError, RunError
-from hcompress.files import sha256, write_atomically
+from hcompress.errors import BundleError, DiskError
 from hcompress.sampling import constants_of
 from hcompress.schedule import Identity, Schedule
 from hcompress_export.decoder import write_decoder
@@ -32,6 +31,7 @@ from hcompress_export.switch import switch_graph
 from hcompress_export.trace import OPSET, trace
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
+from hcompress_runtime.files import sha256, write_atomically
 from hcompress_runtime.plan import Pattern, Plan
 from hcompress_runtime.table import SolverTable
 
@@ -63,7 +63,7 @@ def export_bundle(
     decoder: from latents to pictures, see hcompress.models.decoder
 
     Raises ScheduleError for a schedule of another model or solver, BundleError where `out` is something other than a
-    bundle, RunError where the disk refuses.
+    bundle, DiskError where the disk refuses.
     """
     if schedule:
         schedule.check_fits(adapter.graph, identity)
@@ -182,7 +182,7 @@ def _replacing(out: Path) -> Iterator[Path]:
             raise
         _remove(old)
     except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}; what was there before is untouched") from error
+        raise DiskError(f"cannot write {out}: {error.strerror}; what was there before is untouched") from error
     finally:
         _remove(folder)
 

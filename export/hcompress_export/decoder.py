@@ -9,11 +9,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from hcompress.files import write_atomically
 from hcompress_export.passes import move_weights_out, name_weights_by_content
 from hcompress_export.trace import OPSET, quiet_exporter
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import DECODER
+from hcompress_runtime.files import write_atomically
 
 
 def write_decoder(folder: Path, decoder: nn.Module, latent_shape: tuple[int, ...], *, opset: int = OPSET) -> None:

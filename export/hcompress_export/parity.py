@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError
-from hcompress.files import write_atomically
 from hcompress.sampling import solver_noises, start_noise, trajectory
 from hcompress_runtime.engine import SlotValue
+from hcompress_runtime.files import write_atomically
 from hcompress_runtime.images import png
 from hcompress_runtime.runtime import Runtime
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hcompress.branches import BranchGraph
 from hcompress.errors import InputError
 from hcompress_export.freeze import freeze
-from hcompress_runtime.runtime import PREPACK_LIMIT_BYTES
+from hcompress_runtime.ort import PREPACK_LIMIT_BYTES
 
 ENGINES = {"ort-cpu": False, "ort-cuda": False, "tensorrt": True, "rtx": True}
 """The backends; whether each compiles graphs into engines, which lie on disk beside them."""

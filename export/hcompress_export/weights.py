@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
-from hcompress.files import write_atomically
 from hcompress_export.narrow import parse_rows
 from hcompress_export.passes import Region
+from hcompress_runtime.files import write_atomically
 
 INLINE_BYTES = 512  # smaller tensors stay inside the graphs
 DTYPES = {

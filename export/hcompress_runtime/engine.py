@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
@@ -14,7 +15,12 @@ SlotValue = Any
 
 
 class Engine(ABC):
-    """One step graph on one backend: `with` loads and frees it, `infer` runs it. Subclasses are final."""
+    """One step graph on one backend: `with` loads and frees it, `infer` runs it. Subclasses are final.
+
+    batches: least and most samples that it takes at once
+    """
+
+    batches: tuple[int, int] = (1, sys.maxsize)
 
     @abstractmethod
     def __enter__(self) -> Self: ...

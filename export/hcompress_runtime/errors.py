@@ -11,6 +11,18 @@ class BundleError(HcompressError):
     """A bundle is truncated, tampered with, or of an unknown format."""
 
 
+class DiskError(HcompressError):
+    """The disk refuses a file; what was there before is untouched."""
+
+
+class EngineError(HcompressError):
+    """A library, driver or GPU that engines need is absent or does not fit; the line is `problem; fix`."""
+
+    def __init__(self, problem: str, fix: str | None = None) -> None:
+        super().__init__("; ".join(filter(None, (problem, fix))))
+        self.problem, self.fix = problem, fix
+
+
 class InputError(HcompressError):
     """Labels, seeds or sizes that this model cannot take."""
 

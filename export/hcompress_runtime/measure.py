@@ -39,15 +39,19 @@ def interleaved(
     return latency_ms
 
 
-def peak_memory_bytes(bundle: Path, batch: int, threads: int | None = None) -> int | None:
+def peak_memory_bytes(
+    bundle: Path, batch: int, threads: int | None = None, *, prepack: bool | None = None
+) -> int | None:
     """The most memory that a fresh process takes to load `bundle` and generate one batch.
 
     It is the proportional set size (PSS: its own pages, plus its share of those it shares), which counts a page of
-    the weight file once however many sessions map it, read after every model call. None where the system has no PSS.
+    the weight file once however many sessions map it, read after every model call. `prepack` as in Runtime. None where
+    the system has no PSS.
     """
     if not PROCESS_MEMORY.exists():
         return None
-    command = [sys.executable, "-m", __name__, str(bundle), str(batch), str(threads or 0)]
+    options = {"bundle": str(bundle), "threads": threads, "prepack": prepack}
+    command = [sys.executable, "-m", __name__, str(batch), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise HcompressError(f"measuring the memory of {bundle} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -59,9 +63,9 @@ def _pss_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def _main(bundle: str, batch: str, threads: str) -> None:
+def _main(batch: str, options: str) -> None:
     seen: list[int] = []
-    with Runtime(bundle, threads=int(threads) or None) as runtime:
+    with Runtime(**json.loads(options)) as runtime:
         labels = [index % runtime.bundle.num_classes for index in range(int(batch))]
         runtime.generate(labels, batch=int(batch), on_step=lambda call, x: seen.append(_pss_bytes()))
         seen.append(_pss_bytes())

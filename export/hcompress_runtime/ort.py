@@ -13,7 +13,8 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, final
@@ -21,13 +22,35 @@ from typing import Any, Self, final
 import numpy as np
 from numpy.typing import NDArray
 
+from hcompress_runtime.bundle import WEIGHTS, Bundle
 from hcompress_runtime.engine import Engine, SlotValue
 from hcompress_runtime.errors import BundleError, InputError, missing
 from hcompress_runtime.weights import find, map_weights
 
 READ, WRITTEN, WEIGHT = "cache_in.", "cache_out.", "w."
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "gpu")}
+
+
+@contextmanager
+def sessions_of(
+    bundle: Bundle, provider: str = "cpu", threads: int | None = None, prepack: bool | None = None
+) -> Iterator[dict[str, Engine]]:
+    """Graph file -> its session, loaded, for every distinct graph of `bundle`; freed with the context.
+
+    prepack: None re-packs weights as long as that makes one copy of them, or few bytes. Raises as OnnxRuntime does.
+    """
+    if prepack is None:
+        prepack = len(bundle.weight_bytes) == 1 or sum(bundle.weight_bytes.values()) <= PREPACK_LIMIT_BYTES
+    weights = SharedWeights(bundle.path / WEIGHTS, provider) if bundle.layout == "per-mask" else None
+    with ExitStack() as stack:
+        yield {
+            graph: stack.enter_context(
+                OnnxRuntime(bundle.path / graph, provider=provider, threads=threads, prepack=prepack, weights=weights)
+            )
+            for graph in dict.fromkeys(bundle.graphs)
+        }
 
 
 @final
@@ -70,7 +93,7 @@ class OnnxRuntime(Engine):
         weights: SharedWeights | None = None,
     ) -> None:
         if provider not in PROVIDERS:
-            raise InputError(f"there is no provider {provider!r}; choose from: {', '.join(PROVIDERS)}")
+            raise InputError(f"there is no provider {provider!r}; choose from: {', '.join(PROVIDERS)}, trt, rtx")
         self.graph, self.provider, self.threads, self.prepack = graph, provider, threads, prepack
         self.weights = weights
 

@@ -16,13 +16,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hcompress_runtime.bundle import DECODER, WEIGHTS, Bundle, open_bundle
+from hcompress_runtime.backends import FLAVORS
+from hcompress_runtime.bundle import DECODER, Bundle, open_bundle
 from hcompress_runtime.engine import Engine, SlotValue
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
-from hcompress_runtime.ort import OnnxRuntime, SharedWeights, open_session
+from hcompress_runtime.ort import open_session, sessions_of
+from hcompress_runtime.trt import engines_of
 
-PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 OnStep = Callable[[int, NDArray[np.float32]], object]
 """(call, x float32[B, C, H, W]): what call `call` is given; at `call` = T, the finished samples."""
 
@@ -31,12 +32,12 @@ class Runtime:
     """A bundle, loaded and ready to generate.
 
     bundle:   a folder, or a Bundle that is already open
-    provider: "cpu" or "cuda", of ONNX Runtime
+    provider: "cpu" or "cuda", of ONNX Runtime; "trt" or "rtx", engines of TensorRT or TensorRT-RTX
     threads:  of one operator; None leaves it to the backend
     prepack:  trade memory for speed, see hcompress_runtime.ort; None decides by the size of the weights
 
     Every distinct graph is loaded here, once, so that the first sample takes no longer than the others and a graph
-    that cannot run is found out now. Raises BundleError, MissingExtra.
+    that cannot run is found out now. Raises BundleError, MissingExtra, EngineError.
     """
 
     def __init__(
@@ -48,21 +49,15 @@ class Runtime:
         prepack: bool | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        if prepack is None:
-            prepack = (
-                len(self.bundle.weight_bytes) == 1 or sum(self.bundle.weight_bytes.values()) <= PREPACK_LIMIT_BYTES
-            )
-        weights = SharedWeights(self.bundle.path / WEIGHTS, provider) if self.bundle.layout == "per-mask" else None
-        options: Mapping[str, Any] = {"provider": provider, "threads": threads, "prepack": prepack, "weights": weights}
-        self._provider, self._threads = provider, threads
+        self._provider, self._threads = "cuda" if provider in FLAVORS else provider, threads  # of the decoder
         self.peak_cache_bytes = 0
         """The most bytes that slots have held at once so far, measured."""
-        with ExitStack() as stack:
-            self.engines: dict[str, Engine] = {
-                file: stack.enter_context(OnnxRuntime(self.bundle.path / file, **options))
-                for file in dict.fromkeys(self.bundle.graphs)
-            }
-            self._stack = stack.pop_all()
+        self._stack = ExitStack()
+        if provider in FLAVORS:
+            opened = engines_of(self.bundle, provider)
+        else:
+            opened = sessions_of(self.bundle, provider, threads, prepack)
+        self.engines: Mapping[str, Engine] = self._stack.enter_context(opened)
         self._decoder: Any = None
 
     def __enter__(self) -> Self:
@@ -91,11 +86,15 @@ class Runtime:
         batches that this bundle cannot take.
         """
         self._check(labels, seed, batch, first)
+        least, most = next(iter(self.engines.values())).batches
+        batch = min(batch, most)
         parts = [labels[begin : begin + batch] for begin in range(0, len(labels), batch)]
         finished = []
         for i, part in enumerate(parts):
-            streams = range(first + batch * i, first + batch * i + len(part))
-            finished.append(self._generate(np.array(part, np.int64), seed, streams, on_step))
+            padding = max(0, least - len(part))  # an engine may be built for one batch only
+            streams = range(first + batch * i, first + batch * i + len(part) + padding)
+            padded = np.array([*part, *[part[0]] * padding], np.int64)
+            finished.append(self._generate(padded, seed, streams, on_step)[: len(part)])
         return np.concatenate(finished)
 
     def pictures(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hcompress_runtime.backends import FLAVORS, find_gpu, load, mixed_up, require_gpu
+from hcompress_runtime.errors import EngineError
 
 Trouble = tuple[str, str | None]  # what is wrong, and the fix where there is one
 
@@ -41,12 +47,9 @@ class Finding:
 
 def _no_gpu() -> Trouble | None:
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver (libcuda.so.1) here", None
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return "the NVIDIA driver finds no GPU", "look at what nvidia-smi says"
+        find_gpu()
+    except EngineError as error:
+        return error.problem, error.fix
     return None
 
 
@@ -72,17 +75,39 @@ def _ort_cuda(provider: str = "CUDAExecutionProvider") -> Trouble | None:
 
 
 def _ort_tensorrt() -> Trouble | None:
+    import onnxruntime
+
     if trouble := _ort_cuda("TensorrtExecutionProvider"):
         return trouble
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
+    wanted = (linked_tensorrt(provider) if provider.is_file() else None) or "libnvinfer.so.10"  # as 1.30 has it
     try:
-        ctypes.CDLL("libnvinfer.so.10")  # what onnxruntime-gpu 1.30 links; it cannot use TensorRT 11
+        ctypes.CDLL(wanted)
     except OSError:
-        return "onnxruntime needs libnvinfer.so.10", "install the TensorRT 10 libraries"
+        return f"onnxruntime needs {wanted}; another TensorRT will not do", "install that version of its libraries"
+    return None
+
+
+def linked_tensorrt(library: Path) -> str | None:
+    """The libnvinfer that `library` wants, such as libnvinfer.so.10."""
+    found = re.search(rb"libnvinfer\.so\.\d+", library.read_bytes())
+    return found.group().decode() if found else None
+
+
+def _tensorrt(flavor: str) -> Trouble | None:
+    try:
+        load(FLAVORS[flavor])
+        require_gpu(FLAVORS[flavor])
+        importlib.import_module("cuda.bindings.runtime")
+    except EngineError as error:
+        return error.problem, error.fix
+    except ImportError:
+        return "cuda-python is not installed", f"pip install 'hcompress[{FLAVORS[flavor].extra}]'"
     return None
 
 
 def _rtx() -> Trouble | None:
-    trouble = _no_gpu()
+    trouble = _tensorrt("rtx")
     return trouble and (f"builds engines but cannot run them: {trouble[0]}", trouble[1])
 
 
@@ -98,7 +123,7 @@ NEEDS = [
     Need("ORT CPU", "onnxruntime", "bundles on a CPU", "cpu"),
     Need("ORT CUDA", "onnxruntime", "bundles on a GPU", "gpu", _ort_cuda),
     Need("ORT TensorRT", "onnxruntime", "bundles on a GPU", "gpu", _ort_tensorrt),
-    Need("TensorRT", "tensorrt", "bundles on a GPU", "trt", _no_gpu),
+    Need("TensorRT", "tensorrt", "bundles on a GPU", "trt", partial(_tensorrt, "trt")),
     Need("TensorRT-RTX", "tensorrt_rtx", "bundles on a GPU", "trt-rtx", _rtx),
 ]
 
@@ -116,9 +141,8 @@ def examine(need: Need) -> Finding:
         return replace(broken, problem=problem, fix=f"pip install 'hcompress[{need.extra}]'")
     except Exception as error:  # a broken native library raises whatever it likes; saying so is the point here
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return replace(
-            broken, problem=f"does not import: {reason}", fix=f"pip install --force-reinstall 'hcompress[{need.extra}]'"
-        )
+        problem = mixed_up(reason) or f"does not import: {reason}"
+        return replace(broken, problem=problem, fix=f"pip install --force-reinstall 'hcompress[{need.extra}]'")
     version = getattr(sys.modules[package], "__version__", None)
     if trouble := need.check():
         return replace(broken, version=version, problem=trouble[0], fix=trouble[1])

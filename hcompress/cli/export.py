@@ -14,6 +14,7 @@ from hcompress.errors import InputError
 if TYPE_CHECKING:
     from hcompress.deploy import Decision
     from hcompress_runtime.bundle import Bundle
+    from hcompress_runtime.engine_cache import Engines
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -21,7 +22,7 @@ UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**
 def export(
     source: Annotated[str, typer.Argument(help="A finished run folder, or a MODEL.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Bundle to make; an older one there is replaced.")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX graphs, which every backend starts from.")] = True,
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX graphs, which every backend starts from.")] = True,
     dense: Annotated[bool, typer.Option("--dense", help="Without caching, to compare with.")] = False,
     layout: Annotated[str, typer.Option(help="auto, embedded, per-mask or switch; see FORMAT.md.")] = "auto",
     dtype: Annotated[
@@ -29,7 +30,10 @@ def export(
     ] = "float32",
     max_graphs: Annotated[int | None, typer.Option(help="Merge masks, reuse becoming compute, to so many.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Refuse what needs more to run, such as 8GB.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples at once that memory is planned for.")] = 1,
+    batch: Annotated[str, typer.Option(help="Samples at once: 4, or least,best,most. ONNX graphs take any.")] = "1",
+    trt: Annotated[bool, typer.Option("--trt", help="Build engines too; rtx needs no GPU to build.")] = False,
+    flavor: Annotated[str, typer.Option(help="Of engines: trt, rtx, or auto for what is installed.")] = "auto",
+    sm: Annotated[list[int] | None, typer.Option(help="GPU to build for, such as 89; repeat for several.")] = None,
     schedule: Annotated[str | None, typer.Option(help="MODEL only: a file, random:CUR[:SEED] or interval:N.")] = None,
     solver: Annotated[str, typer.Option(help="MODEL only.")] = "ddim",
     steps: Annotated[int, typer.Option(help="MODEL only.")] = 20,
@@ -42,7 +46,7 @@ def export(
 ) -> None:
     """Freeze a schedule into step graphs with one weight file, and prove that they give the same samples.
 
-    Example: hcompress export runs/first --onnx --out bundle
+    Example: hcompress export runs/first --trt --flavor rtx --sm 89 --out bundle
     """
     from rich.console import Console
 
@@ -50,19 +54,33 @@ def export(
         raise InputError("export needs --out BUNDLE, the folder to make")
     budget = None if memory_budget is None else _bytes(memory_budget)
     with Console(stderr=True).status(f"loading {source}") as status:
-        from hcompress.deploy import decide, deploy, open_source
+        from hcompress.deploy import check_engines, decide, deploy, open_source
+        from hcompress_runtime.engine_cache import build_engines, parse_batch
 
+        sizes = parse_batch(batch)
+        backend = check_engines(flavor, layout, sm or []) if trt else "ort-cpu"
         setting, frozen = open_source(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg)
         decision = decide(
-            setting, frozen, layout=layout, dtype=dtype, batch=batch, max_graphs=max_graphs, memory_budget=budget
+            setting,
+            frozen,
+            backend=backend,
+            layout=layout,
+            dtype=dtype,
+            batch=sizes[-1],
+            max_graphs=max_graphs,
+            memory_budget=budget,
         )
         if out is None or dry_run:
             return _print_decision(decision, as_json)
         bundle, errors = deploy(setting, decision, out, dtype=dtype, proven=prove, progress=status.update)
+        engines: list[Engines] = []
+        if trt:
+            said = lambda done, total, what: status.update(f"engine {done + 1} of {total}: {what}")  # noqa: E731
+            engines = build_engines(bundle, flavor, sm or (), sizes, said)
     if as_json:
-        print(json.dumps(_figures(bundle, decision, errors)))
+        print(json.dumps(_figures(bundle, decision, errors, engines)))
     else:
-        _print_tables(bundle, decision, errors)
+        _print_tables(bundle, decision, errors, engines)
 
 
 def _bytes(text: str) -> int:
@@ -101,7 +119,7 @@ def _print_decision(decision: Decision, as_json: bool) -> None:
         console.print(f"Merging masks adds {100 * decision.macs_given_up:.1f} % of the schedule's MACs.")
 
 
-def _figures(bundle: Bundle, decision: Decision, errors: list[float]) -> dict[str, object]:
+def _figures(bundle: Bundle, decision: Decision, errors: list[float], engines: list[Engines]) -> dict[str, object]:
     return {
         "bundle": str(bundle.path),
         "layout": bundle.layout,
@@ -112,10 +130,11 @@ def _figures(bundle: Bundle, decision: Decision, errors: list[float]) -> dict[st
         "bundle_bytes": bundle.total_bytes(),
         "peak_cache_bytes": bundle.peak_cache_bytes(batch=1),
         "parity": errors,
+        "engines": [{"target": str(built.target), **built.figures()} for built in engines],
     }
 
 
-def _print_tables(bundle: Bundle, decision: Decision, errors: list[float]) -> None:
+def _print_tables(bundle: Bundle, decision: Decision, errors: list[float], engines: list[Engines]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -135,3 +154,10 @@ def _print_tables(bundle: Bundle, decision: Decision, errors: list[float]) -> No
         f"{bundle.path}: {len(bundle.weight_bytes)} graphs, {bundle.total_bytes() / 1e6:.1f} MB; "
         f"CUR {100 * bundle.cur:.1f} %, MACs / {bundle.mac_ratio:.2f}; cache {cache / 1e3:.0f} kB a sample at its peak"
     )
+    for built in engines:
+        sizes = built.figures()
+        console.print(
+            f"{built.target}: {len(built.files)} engines for batch {','.join(map(str, built.batch))}, "
+            f"{sizes['engine_bytes'] / 1e6:.1f} MB in all, the largest {sizes['largest_bytes'] / 1e6:.1f}, "
+            f"built in {sizes['seconds']:.1f} s"
+        )

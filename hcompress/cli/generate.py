@@ -26,7 +26,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise; sample i draws stream i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",
     schedule: Annotated[Path | None, typer.Option(help="MODEL only: a schedule.safetensors; none is dense.")] = None,
     solver: Annotated[str, typer.Option(help="MODEL only: the schedule's solver.")] = "ddim",
     steps: Annotated[int | None, typer.Option(help="MODEL only: the schedule's own if not given, else 20.")] = None,
@@ -39,7 +39,7 @@ def generate(
     """
     from rich.console import Console
 
-    from hcompress.files import write_atomically
+    from hcompress_runtime.files import write_atomically
     from hcompress_runtime.images import png
 
     classes = _numbers(labels)

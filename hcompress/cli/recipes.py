@@ -65,8 +65,8 @@ def copy(
     Example: hcompress recipes copy fashion-dit_ddim20_harmonica mine.yaml
     """
     from hcompress.errors import RunError
-    from hcompress.files import write_atomically
     from hcompress.recipe import find
+    from hcompress_runtime.files import write_atomically
 
     source = find(name)
     target = dest / source.name if dest.is_dir() else dest

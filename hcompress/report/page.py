@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from hcompress.files import write_atomically
+from hcompress_runtime.files import write_atomically
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1080px; margin: 2.5rem auto; padding: 0 1rem }

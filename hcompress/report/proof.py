@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcompress.adapter import weight_hash
-from hcompress.errors import BundleError, MissingExtra
+from hcompress.errors import BundleError, EngineError, MissingExtra
 from hcompress.models.loading import load_model
 from hcompress.schedule import Schedule
 from hcompress_export.bundle import SCHEDULE
 from hcompress_export.parity import TOLERANCE, Drift, drifts, first_drift
+from hcompress_runtime.backends import FLAVORS
 from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
 from hcompress_runtime.ort import PROVIDERS
 from hcompress_runtime.runtime import Runtime
@@ -46,6 +47,7 @@ def prove_all(
 ) -> list[Proof]:
     """`path`, and its uncached bundle where that lies beside it, on every backend. Raises BundleError, ModelError."""
     dense = path.with_name(f"{path.name}-dense")
+    backends = [*PROVIDERS, *(flavor for flavor in FLAVORS if any((path / "engines").glob(f"{flavor}-*")))]
     bundles = [open_bundle(path), *([open_bundle(dense)] if is_bundle(dense) else [])]
     identity = bundles[0].manifest["identity"]
     name = model or identity["model"]
@@ -56,10 +58,10 @@ def prove_all(
     proofs = []
     for bundle in bundles:
         allowed = tolerance or TOLERANCE[bundle.manifest["dtype"]]
-        for backend in PROVIDERS:
+        for backend in backends:
             try:
                 runtime = Runtime(bundle, backend)
-            except MissingExtra as error:
+            except (MissingExtra, EngineError) as error:
                 proofs.append(Proof(bundle.path, backend, allowed, skipped=str(error)))
                 continue
             with runtime:

@@ -23,8 +23,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from hcompress.files import write_atomically
 from hcompress.zoo.fashion import load_fashion
+from hcompress_runtime.files import write_atomically
 
 NULL_CLASS, NUM_TRAIN_TIMESTEPS = 10, 1000
 CYCLES = ((4300, 1500), (8500, 2000))  # (last step, length of the cool-down before it)

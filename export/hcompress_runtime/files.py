@@ -9,17 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from hcompress.errors import RunError
+from hcompress_runtime.errors import DiskError
 
 
-def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
     """Replace `path` by `content`, bytes or a function that writes to the open file it is given.
 
     The bytes go to `.NAME.part` in the same folder, which is made if absent, reach the disk (fsync), and take the
     name in one step. On any failure the old file stays whole and the new bytes are removed; a killed writer leaves
     its `.part`, which the next one overwrites. So one writer at a time.
 
-    Raises RunError where the disk refuses, also where a library has wrapped the refusal in an error of its own
+    Raises DiskError where the disk refuses, also where a library has wrapped the refusal in an error of its own
     (torch.save raises RuntimeError); whatever else `content` raises passes through.
     """
     path = Path(path)
@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+            file.write(content) if isinstance(content, bytes | memoryview) else content(file)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -37,7 +37,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
         if refusal is None:
             raise
         reason = refusal.strerror or refusal
-        raise RunError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+        raise DiskError(f"cannot write {path}: {reason}; what was there before is untouched") from error
     finally:
         with suppress(OSError):
             scratch.unlink()

@@ -1,0 +1,95 @@
+"""TensorRT-RTX engines built ahead of time, without a GPU: sizes and build times.
+
+    python benchmarks/engines.py                    # zoo:fashion-dit and random:DiT-XL-2-256, T = 20; about ten minutes
+
+T = 20, random masks of CUR 37.5 %, so 20 distinct graphs of each model; `per-mask` layout, so an engine holds kernels
+and no weights. Each engine is parsed and built in a process of its own. Nothing here runs one: that takes a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hcompress.deploy import decide, deploy
+from hcompress.rundir import environment
+from hcompress.setting import open_with
+from hcompress_runtime.bundle import WEIGHTS, is_bundle, open_bundle
+from hcompress_runtime.engine_cache import build_engines
+
+MODELS = {"zoo:fashion-dit": "float32", "random:DiT-XL-2-256": "float16"}
+SCHEDULE, STEPS, BATCH = "random:0.375", 20, 8
+HEAD = (
+    "| model | target | engines | weights (MB) | engine, mean (MB) | largest (MB) | of the weights | build, mean (s) |"
+)
+
+
+def figures(work: Path, model: str, dtype: str, sms: list[int], console: Console) -> list[dict[str, Any]]:
+    """A row for each of `sms`; exports the bundle and builds what is missing."""
+    out = work / model.partition(":")[2]
+    with console.status(f"{model}: exporting") as status:
+        if not is_bundle(out):
+            setting, schedule = open_with(model, SCHEDULE, "ddim", STEPS, 1.5)
+            decision = decide(setting, schedule, backend="rtx", layout="per-mask", dtype=dtype, batch=BATCH)
+            deploy(setting, decision, out, dtype=dtype, proven=False)
+        bundle = open_bundle(out)
+        batch = (BATCH, BATCH, BATCH)
+        built = build_engines(
+            bundle, "rtx", sms, batch, lambda done, total, what: status.update(f"{model}: {done}/{total} {what}")
+        )
+    weight_bytes = (out / WEIGHTS).stat().st_size
+    rows = []
+    for engines in built:
+        found, count = engines.figures(), len(engines.files)
+        rows.append(
+            {"model": f"{model} {dtype}", "target": str(engines.target), "engines": count, "weight_bytes": weight_bytes}
+            | {"mean_bytes": found["engine_bytes"] / count, "largest_bytes": found["largest_bytes"]}
+            | {"share": found["largest_bytes"] / weight_bytes, "mean_seconds": found["seconds"] / count}
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "mean_bytes", "largest_bytes")]
+        cells = [row["model"], row["target"], str(row["engines"]), *sizes]
+        lines.append("| " + " | ".join([*cells, f"{100 * row['share']:.2f} %", f"{row['mean_seconds']:.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Export, build, write benchmarks/results/engines.{json,md}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="+", default=[89, 120])
+    parser.add_argument("--model", nargs="+", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--work", type=Path, default=Path("runs/engines"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    console = Console(stderr=True)
+    rows = [row for model in args.model for row in figures(args.work, model, MODELS[model], args.sm, console)]
+    peak_memory_bytes = 1024 * max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    result = {
+        "date": str(date.today()),
+        "environment": environment(),
+        "rows": rows,
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "engines.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.results / "engines.md").write_text(table(rows))
+    print(table(rows))
+    print(f"Peak memory of this process and of the largest build: {peak_memory_bytes / 1e9:.1f} GB.")
+
+
+if __name__ == "__main__":
+    main()
