@@ -40,17 +40,17 @@ def interleaved(
 
 
 def peak_memory_bytes(
-    bundle: Path, batch: int, threads: int | None = None, *, prepack: bool | None = None
+    bundle: Path, batch: int, threads: int | None = None, *, provider: str = "cpu", prepack: bool | None = None
 ) -> int | None:
     """The most memory that a fresh process takes to load `bundle` and generate one batch.
 
     It is the proportional set size (PSS: its own pages, plus its share of those it shares), which counts a page of
-    the weight file once however many sessions map it, read after every model call. `prepack` as in Runtime. None where
-    the system has no PSS.
+    the weight file once however many sessions map it, read after every model call. It is the host's memory, not a
+    GPU's. `provider` and `prepack` as in Runtime. None where the system has no PSS.
     """
     if not PROCESS_MEMORY.exists():
         return None
-    options = {"bundle": str(bundle), "threads": threads, "prepack": prepack}
+    options = {"bundle": str(bundle), "provider": provider, "threads": threads, "prepack": prepack}
     command = [sys.executable, "-m", __name__, str(batch), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

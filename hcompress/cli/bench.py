@@ -18,11 +18,12 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often each runs; medians are taken.")] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; bundles with engines also trt or rtx.")] = "cpu",
     torch: Annotated[bool, typer.Option("--torch", help="PyTorch too, with and without the schedule.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Time an iteration of training instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Time a cached bundle against its uncached one, in turns, on ONNX Runtime.
+    """Time a cached bundle against its uncached one, in turns.
 
     Efficiency is the speed-up over the ratio of MACs. Memory is what a fresh process takes to load a bundle and
     generate one batch: its proportional set size (PSS), which counts shared pages once, read after every call.
@@ -48,6 +49,7 @@ def bench(
             batch=batch,
             rounds=rounds,
             threads=threads,
+            provider=device,
             with_torch=torch,
             progress=lambda done: bar.update(task, completed=done),
         )

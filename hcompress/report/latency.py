@@ -21,6 +21,7 @@ def compare_bundles(
     batch: int = 8,
     rounds: int = 10,
     threads: int | None = None,
+    provider: str = "cpu",
     with_torch: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def compare_bundles(
     labels = [index % bundles[""].num_classes for index in range(batch)]
     contenders: dict[str, Callable[[], object]] = {}
     for prefix, bundle in bundles.items():
-        runtime = Runtime(bundle, threads=threads)
+        runtime = Runtime(bundle, provider, threads)
         contenders[prefix] = lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
     if with_torch:
         contenders |= _torch(bundles[""], labels, threads)
@@ -50,7 +51,11 @@ def compare_bundles(
         "efficiency": speedup / mac_ratio,
         "cur": bundles[""].cur,
         **{f"{prefix}latency_ms": value for prefix, value in latency_ms.items()},
-        **{f"{prefix}peak_memory_bytes": peak_memory_bytes(b.path, batch, threads) for prefix, b in bundles.items()},
+        **{
+            f"{prefix}peak_memory_bytes": peak_memory_bytes(b.path, batch, threads, provider=provider)
+            for prefix, b in bundles.items()
+        },
+        "provider": provider,
         "batch": batch,
         "rounds": rounds,
         "threads": threads,
