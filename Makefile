@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PATHS := hcompress export tests
 
-.PHONY: demo test test-all lint bench zoo-fashion-dit zoo-fashion-classifier clean
+.PHONY: demo test test-all lint bench gpu-check zoo-fashion-dit zoo-fashion-classifier clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/hcompress bench out/demo/bundle
+
+# Installs nothing: on a CUDA machine without a package index it takes the Python at hand and skips what is missing.
+gpu-check:
+	@PYTHONPATH=.:export$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py
 
 zoo-fashion-dit: $(INSTALLED)
 	@$(BIN)/python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --store
