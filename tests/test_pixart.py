@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CALLS, export, make_dit, make_pixart, make_prompts, random_mask
+from conftest import CALLS, Exported, export, make_dit, make_pixart, make_prompts, random_mask
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -26,6 +26,7 @@ from hcompress.solver import probe
 from hcompress.train import train
 from hcompress_runtime import Runtime
 from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.trt_build import build_engine
 
 ASKED = make_prompts(3, seed=5)
 
@@ -227,15 +228,31 @@ def test_from_the_shell(hcompress: Any, folder: Path, tmp_path: Path) -> None:
         assert code == 1 and line in err and err.count("\n") == 1 and not (tmp_path / "no.png").exists()
 
 
-def test_a_bundle_is_asked_in_batches_and_by_arrays(tiny_pixart: Adapter, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def unguided(tiny_pixart: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A bundle without guidance, under a random mask."""
     mask = random_mask(CALLS, len(tiny_pixart.graph))
-    exported = export(tmp_path / "bundle", tiny_pixart, mask, cfg=1.0)  # no guidance: no null prompt in any graph
+    return export(tmp_path_factory.mktemp("unguided") / "bundle", tiny_pixart, mask, cfg=1.0, layout="per-mask")
+
+
+def test_a_bundle_is_asked_in_batches_and_by_arrays(unguided: Exported) -> None:
     prompts = {name: ASKED[name] for name in ("prompt_embeds", "prompt_mask")}
-    with Runtime(exported.path) as runtime:
+    with Runtime(unguided.path) as runtime:
         got = runtime.generate(prompts, seed=2, batch=2)
         assert not any("null" in name for engine in runtime.engines.values() for name in engine.feeds)
         last = runtime.generate({name: rows[2:] for name, rows in prompts.items()}, seed=2, first=2)
-    want = sample_seeded(tiny_pixart, exported.table, prompts, seed=2, cfg=1.0, compute=mask, batch=2).numpy()
+    adapter, compute = unguided.adapter, unguided.schedule.compute
+    want = sample_seeded(adapter, unguided.table, prompts, seed=2, cfg=1.0, compute=compute, batch=2).numpy()
     # float32 through 5 calls; a batch of one and one of two, as two libraries, round differently
     close = 1e-5 * np.abs(want).max()
     assert np.abs(got - want).max() <= close and np.abs(got[2:] - last).max() <= close
+
+
+def test_tensorrt_rtx_builds_engines_that_take_prompts(unguided: Exported, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = open_bundle(unguided.path)
+    rows = {f"cache_in.{name}": shape[0] for name, shape in bundle.plan.slots.items()}
+    graph, engine = bundle.path / bundle.graphs[1], tmp_path / "rtx.engine"
+    built = build_engine(graph, engine, flavor="rtx", sm=89, batch=(1, 2, 4), per_sample=rows)
+    assert built.inputs["prompt_embeds"] == (-1, 5, 10) and built.inputs["prompt_mask"] == (-1, 5)
+    assert engine.stat().st_size == built.engine_bytes
