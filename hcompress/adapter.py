@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from hcompress.branches import BranchGraph
 from hcompress.schedule import Identity
+from hcompress_runtime.conditions import Given, Input, complete
 
 Route = Callable[[int, Callable[[], Tensor]], Tensor]
 """(branch index, how to compute it) -> the branch's output before its gate, [R, *Branch.shape]."""
 
 Condition = Mapping[str, Tensor]
-"""What the sample is conditioned on, one row a sample: {"labels": int64[B]}."""
+"""What the sample is conditioned on, one row a sample: {"labels": int64[B]}, or the inputs of a text model."""
 
 
 def compute_all(branch: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -38,13 +39,13 @@ class Adapter(ABC, nn.Module):
     """One denoiser and its cacheable branches.
 
     Subclasses are final: they set `graph`, `sample_shape` (C, H, W), `guided_channels` (how many of the output's
-    channels guidance applies to) and `num_classes`, and fill in the abstract methods.
+    channels guidance applies to) and `conditions` (what they are told of a sample), and fill in the abstract methods.
     """
 
     graph: BranchGraph
     sample_shape: tuple[int, int, int]
     guided_channels: int
-    num_classes: int
+    conditions: Mapping[str, Input]
     network: nn.Module
 
     @abstractmethod
@@ -61,15 +62,26 @@ class Adapter(ABC, nn.Module):
 
     @abstractmethod
     def null_condition(self, condition: Condition) -> Condition:
-        """The unconditional counterpart of `condition`."""
+        """What `forward` is given for the unconditional half, with the names that it reads from `condition`."""
 
     @abstractmethod
     def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
-        """Conditions for `count` training samples, drawn as the method asks (uniform over classes)."""
+        """Conditions for `count` training samples, drawn as the method asks (uniform over classes, or prompts)."""
 
     @abstractmethod
-    def label_condition(self, labels: list[int]) -> Condition:
-        """The condition of class `labels`. Raises InputError for labels outside the range."""
+    def even_conditions(self, count: int) -> Given:
+        """Conditions to evaluate `count` samples with: each class, or each prompt of the model's own, equally often."""
+
+    @final
+    def condition(self, given: Given) -> Condition:
+        """What a user gives as tensors on the adapter's device. Raises InputError for what this model cannot take."""
+        rows = complete(self.conditions, given)
+        return {name: torch.from_numpy(np.array(row)).to(self.device) for name, row in rows.items()}
+
+    @final
+    def label_condition(self, labels: Sequence[int]) -> Condition:
+        """The condition of class `labels`."""
+        return self.condition(labels)
 
     @property
     def device(self) -> torch.device:
@@ -92,9 +104,10 @@ class Adapter(ABC, nn.Module):
     ) -> Tensor:
         """Output [B, C_out, H, W] for x [B, C, H, W] after classifier-free guidance (Ho and Salimans 2022).
 
-        Rows of the doubled batch are [cond ; uncond], one routing decision for both. Channels beyond
-        `guided_channels` (a learned variance) keep the conditional half, as diffusers and DiT do. A scale of exactly
-        1.0 is no guidance; a scalar Tensor is a scale that is only known later, and always doubles the rows.
+        Rows of the doubled batch are [cond ; uncond], one routing decision for both. Some pipelines put uncond first;
+        no row sees another, so the order changes nothing but where a slot's rows lie. Channels beyond `guided_channels`
+        (a learned variance) keep the conditional half, as diffusers and DiT do. A scale of exactly 1.0 is no guidance;
+        a scalar Tensor is a scale that is only known later, and always doubles the rows.
 
         x and output are float32 whatever the network computes in, so guidance and solver never round to a half.
         """
@@ -102,7 +115,7 @@ class Adapter(ABC, nn.Module):
         if isinstance(cfg, float) and cfg == 1.0:
             return self(x, condition, constants, route).to(wide)
         null = self.null_condition(condition)
-        both = {name: torch.cat([condition[name], null[name]]) for name in condition}
+        both = {name: torch.cat([condition[name], null[name]]) for name in null}
         rows = self(torch.cat([x, x]), both, constants, route).to(wide)
         cond, uncond = rows[: x.shape[0]], rows[x.shape[0] :]  # not chunk(2), which torch.export cannot prove for any B
         n = self.guided_channels

@@ -10,7 +10,7 @@ HcompressError
 ├── BundleError      a bundle is truncated, tampered with, or of an unknown format       (hcompress_runtime)
 ├── DiskError        a file cannot be written; what was there before is untouched        (hcompress_runtime)
 ├── EngineError      a library, driver or GPU that engines need is absent or unfit       (hcompress_runtime)
-├── InputError       labels, seeds or sizes that this model cannot take                  (hcompress_runtime)
+├── InputError       labels, prompts, seeds or sizes that this model cannot take         (hcompress_runtime)
 └── MissingExtra     an optional library is not installed; the message holds the command (hcompress_runtime)
 
 Anything else that escapes is a bug and keeps its traceback.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
+from hcompress_runtime.conditions import Given, complete, take
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.table import SolverTable
 
@@ -104,7 +105,7 @@ def trajectory(
 def sample_seeded(
     adapter: Adapter,
     table: SolverTable,
-    labels: Sequence[int],
+    labels: Given,
     *,
     seed: int,
     cfg: float,
@@ -113,14 +114,19 @@ def sample_seeded(
     first: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Generate one sample for each label, in batches; sample i draws stream `first` + i of `seed`."""
+    """Generate one sample for each label, in batches; sample i draws stream `first` + i of `seed`.
+
+    A text-conditional model is given arrays instead of labels, see hcompress_runtime.conditions.
+    """
+    rows = complete(adapter.conditions, labels)
+    count = len(next(iter(rows.values())))
     finished = []
-    for begin in range(0, len(labels), batch):
-        part = labels[begin : begin + batch]
-        streams = range(first + begin, first + begin + len(part))
+    for begin in range(0, count, batch):
+        end = min(begin + batch, count)
+        streams = range(first + begin, first + end)
         start = start_noise(adapter, seed, streams)
         noises = solver_noises(adapter, table, seed, streams)
-        condition = adapter.label_condition(list(part))
+        condition = adapter.condition(take(rows, range(begin, end)))
         finished.append(sample(adapter, table, condition, start, cfg=cfg, compute=compute, noises=noises))
-        progress(begin + len(part))
+        progress(end)
     return torch.cat(finished)

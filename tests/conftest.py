@@ -1,7 +1,8 @@
-"""A tiny model that every test may use, and one bundle of it that the deployment tests share.
+"""Tiny models that every test may use, and one bundle that the deployment tests share.
 
 The model: DiT, 2 blocks of width 32, 16 tokens, 2x8x8 samples, 5 classes. Its weights are random and nothing is
 zero-initialised, so every branch moves the samples; the last layer is small, so samples stay of the order of 1.
+A PixArt of much the same size stands for text: 5 tokens of width 10, 3 prompts of its own.
 """
 
 from __future__ import annotations
@@ -51,6 +52,36 @@ def make_dit(
         for block in network.transformer_blocks:
             block.norm1.emb = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
     return DiT(network)
+
+
+def make_pixart(
+    num_layers: int = 2, *, channels: int = 2, out_channels: int = 4, own: bool = True, seed: int = 0, **config: object
+) -> Adapter:
+    """The tiny text-conditional model; `own`: with prompts of its own. It guesses a variance unless told otherwise."""
+    import torch
+    from diffusers import PixArtTransformer2DModel
+
+    from hcompress.models.pixart import PixArt
+
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 10}
+    shape |= {"in_channels": channels, "out_channels": out_channels, "num_layers": num_layers, "sample_size": 8}
+    network = PixArtTransformer2DModel(**shape | config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        std = 0.02 if name.startswith("proj_out") else 0.3
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return PixArt(network, make_prompts(3) if own else None, tokens=5)
+
+
+def make_prompts(count: int, *, tokens: int = 5, width: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
+    """What a prompts file holds: `count` prompts of different lengths, and a null prompt of one token."""
+    random = np.random.default_rng(seed)
+    return {
+        "prompt_embeds": random.standard_normal((count, tokens, width), np.float32),
+        "prompt_mask": np.arange(tokens) < 2 + np.arange(count)[:, None] % (tokens - 1),
+        "null_embeds": random.standard_normal((1, tokens, width), np.float32),
+        "null_mask": np.arange(tokens)[None] < 1,
+    }
 
 
 def make_table(solver: str = "ddim", calls: int = CALLS) -> tuple[SolverTable, dict[str, str | int]]:
@@ -103,6 +134,12 @@ def export(
 def tiny_dit() -> Adapter:
     """The tiny model. Do not change it."""
     return make_dit()
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart() -> Adapter:
+    """The tiny text-conditional model. Do not change it."""
+    return make_pixart()
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import CALLS, export, make_dit, random_mask
+import torch
+from conftest import CALLS, export, make_dit, make_pixart, make_prompts, random_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError
-from hcompress_export.parity import parity
+from hcompress_export.parity import TOLERANCE, parity
 from hcompress_runtime import Runtime
 from hcompress_runtime.bundle import LAYOUTS, WEIGHTS, open_bundle
 from hcompress_runtime.weights import find, map_weights
@@ -39,6 +40,25 @@ def test_all_layouts_equal_the_reference_sampler(
 def test_the_dense_model_fits_every_layout(tiny_dit: Adapter, tmp_path: Path, layout: str) -> None:
     with Runtime(export(tmp_path / "bundle", tiny_dit, None, layout=layout).path) as runtime:
         assert parity(tiny_dit, runtime, LABELS).max() <= CLOSE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_text_model_fits_every_layout(tmp_path: Path, layout: str, dtype: str) -> None:
+    """Calls 2 and 4 reuse all cross-attention, call 3 reuses everything: they need no prompts."""
+    adapter = make_pixart().to(getattr(torch, dtype))
+    mask = random_mask(CALLS, len(adapter.graph))
+    mask[2, 1::3], mask[3], mask[4] = False, False, [True, False, True] * 2
+    tolerance = CLOSE if dtype == "float32" else TOLERANCE[dtype]
+    with Runtime(export(tmp_path / "bundle", adapter, mask, layout=layout).path, threads=1) as runtime:
+        assert parity(adapter, runtime, make_prompts(3, seed=1), mask, seed=1).max() <= tolerance
+        assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(3) > 0
+        feeds = [runtime.engines[file].feeds for file in runtime.bundle.graphs]
+    asks = [{name for name in feed if name in adapter.conditions} for feed in feeds]
+    everything = {*adapter.conditions}
+    assert asks == (
+        [everything] * 5 if layout == "switch" else [everything, everything, set[str](), set[str](), set[str]()]
+    )
 
 
 def test_all_layouts_store_the_same_weights_once(tmp_path: Path) -> None:

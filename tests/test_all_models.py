@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import make_pixart
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,10 +39,25 @@ MODELS = {
     "dit pixels": lambda: DiT(tied(dit(in_channels=1, sample_size=12, patch_size=4, activation_fn="geglu"))),
     "dit without attention bias": lambda: DiT(tied(dit(attention_bias=False, norm_elementwise_affine=True))),
 }
+BRANCHES = dict.fromkeys(MODELS, ("attn", "mlp"))  # of a block
+MODELS |= {
+    "pixart": make_pixart,
+    "pixart told its resolution": lambda: make_pixart(use_additional_conditions=True),
+    "pixart without projection": lambda: make_pixart(1, caption_channels=None, cross_attention_dim=10),
+    "pixart pixels": lambda: make_pixart(3, channels=1, out_channels=1, patch_size=4, activation_fn="geglu"),
+    "pixart without attention bias": lambda: make_pixart(attention_bias=False, norm_elementwise_affine=True),
+}
+BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "cross", "mlp"))
+DITS = [name for name in MODELS if name.startswith("dit")]
 
 
 @pytest.fixture(params=MODELS)
 def adapter(request: pytest.FixtureRequest) -> Adapter:
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=DITS)
+def dit_adapter(request: pytest.FixtureRequest) -> Adapter:
     return MODELS[request.param]()
 
 
@@ -54,7 +70,16 @@ def inputs(adapter: Adapter, rows: int) -> tuple[Tensor, Tensor, dict[str, Tenso
 
 def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """The diffusers model's own output."""
-    return adapter.network(x, timestep=timesteps, class_labels=condition["labels"]).sample
+    if isinstance(adapter, DiT):
+        return adapter.network(x, timestep=timesteps, class_labels=condition["labels"]).sample
+    size = torch.full((len(x), 2), 8.0 * x.shape[-1])  # pixels, eight for each of the latent's
+    return adapter.network(
+        x,
+        timestep=timesteps,
+        encoder_hidden_states=condition["prompt_embeds"],
+        encoder_attention_mask=condition.get("prompt_mask"),
+        added_cond_kwargs={"resolution": size, "aspect_ratio": torch.ones(len(x), 1)},
+    ).sample
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -74,10 +99,10 @@ def test_one_row_of_constants_serves_all_rows(adapter: Adapter) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_a_tied_model_computes_its_embedding_once(adapter: Adapter) -> None:
-    embeddings = [block.norm1.emb.state_dict() for block in adapter.network.transformer_blocks]
+def test_a_tied_model_computes_its_embedding_once(dit_adapter: Adapter) -> None:
+    embeddings = [block.norm1.emb.state_dict() for block in dit_adapter.network.transformer_blocks]
     different = {tuple(float(tensor.double().sum()) for tensor in state.values()) for state in embeddings}
-    constants = adapter.step_constants(torch.tensor([3, 900]))["time_embedding"]
+    constants = dit_adapter.step_constants(torch.tensor([3, 900]))["time_embedding"]
     assert constants.shape[:2] == (2, len(different))
 
 
@@ -150,7 +175,7 @@ def test_mac_ratio_is_dense_over_cached(adapter: Adapter) -> None:
 
 def test_params_are_all_of_the_network_with_equal_embedders_once(adapter: Adapter) -> None:
     graph, network = adapter.graph, adapter.network
-    embedders = [block.norm1.emb.state_dict() for block in network.transformer_blocks]
+    embedders = [b.norm1.emb.state_dict() for b in network.transformer_blocks if isinstance(adapter, DiT)]
     distinct = {tuple(float(tensor.double().sum()) for tensor in state.values()): state for state in embedders}
     sizes = [tensor.numel() for state in distinct.values() for tensor in state.values()]
     sizes += [parameter.numel() for name, parameter in network.named_parameters() if ".norm1.emb." not in name]
@@ -158,7 +183,10 @@ def test_params_are_all_of_the_network_with_equal_embedders_once(adapter: Adapte
 
 
 def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adapter: Adapter) -> None:
-    """A gradient reaches no parameter of a reused branch, nor the rows of adaLN that give its shift and scale."""
+    """A gradient reaches no parameter of a reused branch, nor the rows of adaLN that give its shift and scale.
+
+    Those rows are of a layer in each block, or of a table.
+    """
     x, timesteps, condition = inputs(adapter, 2)
     constants = adapter.step_constants(timesteps)
     parameters = dict(adapter.network.requires_grad_(True).named_parameters())
@@ -170,8 +198,9 @@ def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adap
         loss = adapter(x, condition, constants, route).square().sum()
         gradients = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
         found = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        modulation = (".norm1.linear", ".scale_shift_table")
         parts = [
-            part for name, gradient in found.items() for part in gradient.chunk(6 if ".norm1.linear" in name else 1)
+            part for name, grad in found.items() for part in grad.chunk(6 if any(m in name for m in modulation) else 1)
         ]
         return sum(part.numel() for part in parts if part.any())
 
@@ -181,9 +210,11 @@ def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adap
     ]
 
 
-def test_names_are_unique_and_follow_the_blocks(adapter: Adapter) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_names_are_unique_and_follow_the_blocks(name: str) -> None:
+    adapter = MODELS[name]()
     blocks = len(adapter.network.transformer_blocks)
-    assert adapter.graph.names == tuple(f"{block}.{kind}" for block in range(blocks) for kind in ("attn", "mlp"))
+    assert adapter.graph.names == tuple(f"{block}.{kind}" for block in range(blocks) for kind in BRANCHES[name])
 
 
 def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Adapter) -> None:
@@ -201,21 +232,29 @@ def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Ada
     assert torch.equal(adapter.guided(x, condition, constants, 1.0), cond)
 
 
-def test_the_null_condition_is_one_past_the_last_label(adapter: Adapter) -> None:
-    condition = adapter.label_condition([0, 4])
-    assert adapter.null_condition(condition)["labels"].tolist() == [5, 5]
+def test_the_null_condition_is_one_past_the_last_label(dit_adapter: Adapter) -> None:
+    condition = dit_adapter.label_condition([0, 4])
+    assert dit_adapter.null_condition(condition)["labels"].tolist() == [5, 5]
     assert condition["labels"].tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
-def test_labels_out_of_range_are_refused(adapter: Adapter, label: int) -> None:
+def test_labels_out_of_range_are_refused(dit_adapter: Adapter, label: int) -> None:
     with pytest.raises(InputError, match=rf"label {label} is outside 0\.\.4"):
-        adapter.label_condition([0, label])
+        dit_adapter.label_condition([0, label])
 
 
-def test_random_conditions_cover_the_classes_and_nothing_else(adapter: Adapter) -> None:
-    labels = adapter.random_condition(np.random.default_rng(0), 200)["labels"]
+def test_random_conditions_cover_the_classes_and_nothing_else(dit_adapter: Adapter) -> None:
+    labels = dit_adapter.random_condition(np.random.default_rng(0), 200)["labels"]
     assert set(labels.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_conditions_to_evaluate_with_take_turns(adapter: Adapter) -> None:
+    """Every class or prompt equally often, and what is given for a row does not depend on how many there are."""
+    first, more = (adapter.condition(adapter.even_conditions(count)) for count in (3, 30))
+    assert all(torch.equal(first[name], more[name][:3]) for name in first)
+    told = next(iter(more.values())).flatten(1) if more.keys() != {"labels"} else more["labels"][:, None]
+    assert set(torch.unique(told, dim=0, return_counts=True)[1].tolist()) in ({30 // 5}, {30 // 3})
 
 
 def test_the_network_is_frozen(adapter: Adapter) -> None:

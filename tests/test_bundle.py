@@ -125,6 +125,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: change_constant(b, "table.outputs", np.ones_like),
         r"strictly lower triangular",
     ),
+    "unknown kind of condition": (
+        lambda b: edit(b, lambda m: m["conditions"]["labels"].update(dtype="float8")),
+        r"is garbled: a condition of dtype 'float8', which is none of: int64, float32, bool",
+    ),
+    "nothing to count samples by": (
+        lambda b: edit(b, lambda m: m["conditions"].clear()),
+        r"is garbled: no condition says how many samples there are",
+    ),
     "unknown precision": (
         lambda b: edit(b, lambda m: m.update(dtype="float8")),
         r"computes in float8; this version runs: float32, float16, bfloat16",
@@ -146,6 +154,12 @@ def test_what_is_whole_opens(bundle: Path) -> None:
     assert is_bundle(bundle) and not is_bundle(bundle / "graphs") and not is_bundle(bundle / "absent")
     listed = sum((bundle / name).stat().st_size for name in opened.manifest["files"])
     assert opened.total_bytes() == listed
+
+
+def test_labels_as_older_bundles_describe_them(bundle: Path) -> None:
+    edit(bundle, lambda m: m.update(conditions={"labels": {"classes": 5}}))
+    with Runtime(bundle) as runtime:
+        assert runtime.generate([0, 4]).shape == (2, 2, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from hcompress.caching.rules import interval, parse_rule, random_mask
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.models.loading import load_model
-from hcompress.models.random import CONFIGS, PREFIX, random_dit
+from hcompress.models.pixart import PixArt
+from hcompress.models.random import CONFIGS, PIXART, PIXART_CONFIGS, PREFIX, random_dit, random_pixart
 from hcompress.schedule import Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
 from hcompress_export.bundle import export_bundle
 
 SMALL = CONFIGS["DiT-S-2-256"] | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+SMALL_TEXT = PIXART | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48}
 SOLVER = {"class": "DDIMScheduler", "steps": 20, "config_hash": "any"}
 
 
@@ -38,6 +40,41 @@ def test_the_configurations_are_those_of_the_paper(name: str) -> None:
     _, size, patch, pixels = name.split("-")
     assert (layers, network.inner_dim, heads, millions) == PAPER[size]
     assert (network.config.patch_size, 8 * network.config.sample_size) == (int(patch), int(pixels))
+
+
+@pytest.mark.parametrize("name", PIXART_CONFIGS)
+def test_pixart_is_as_published(name: str) -> None:
+    """Chen et al. 2023, table 2: 0.6 B parameters. Resolution and aspect ratio are told to alpha's largest alone."""
+    with torch.device("meta"):
+        network = PixArtTransformer2DModel(**PIXART_CONFIGS[name])
+    config = network.config
+    assert (config.num_layers, config.num_attention_heads, network.inner_dim) == (28, 16, 1152)
+    assert round(sum(weight.numel() for weight in network.parameters()) / 1e6) == 611
+    assert 8 * config.sample_size == int(name.split("-")[-1])
+    assert network.use_additional_conditions == (name == "PixArt-XL-2-1024")
+    sigma = "Sigma" in name
+    assert (
+        PixArt(network, tokens=300 if sigma else 120).graph.branches[1].macs
+        == sum(2 * tokens * 1152**2 for tokens in (config.sample_size**2 // 4, 300 if sigma else 120))
+        + 2 * (config.sample_size**2 // 4) * (300 if sigma else 120) * 1152
+    )  # q and out, k and v, both products
+
+
+def test_a_random_text_model_brings_prompts_and_is_the_same_each_time() -> None:
+    first, again = (random_pixart(SMALL_TEXT, tokens=7) for _ in range(2))
+    assert first.identity("a", SOLVER, 4.5) == again.identity("a", SOLVER, 4.5)
+    assert first.sample_shape == (4, 64, 64) and first.conditions["prompt_embeds"].shape == (7, 4096)
+    given = [adapter.condition(adapter.even_conditions(4)) for adapter in (first, again)]
+    assert all(torch.equal(given[0][name], given[1][name]) for name in first.conditions)
+    constants = first.step_constants(torch.tensor([500.0]))
+    x = torch.randn(4, *first.sample_shape)
+    dense = first.guided(x, given[0], constants, 4.5)
+    assert 0.1 < dense.std() < 30  # guidance at 4.5
+    for without in range(len(first.graph)):
+        pruned = first.guided(x, given[0], constants, 4.5, lambda branch, go, cut=without: go() * (branch != cut))
+        assert (dense - pruned).std() > 1e-2
+    for name, buffer in PixArtTransformer2DModel(**SMALL_TEXT).named_buffers():
+        assert torch.equal(buffer, first.network.get_buffer(name))
 
 
 def test_a_random_model_is_the_same_each_time_and_like_no_other() -> None:
@@ -80,11 +117,11 @@ def test_every_branch_moves_the_output_and_nothing_blows_up() -> None:
         assert (dense - pruned).std() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["random:PixArt-XL-2-1024", "random:", "random:dit-s-2-256"])
+@pytest.mark.parametrize("name", ["random:PixArt-XL-2-2048", "random:", "random:dit-s-2-256"])
 def test_an_unknown_random_model_lists_those_there_are(name: str) -> None:
     with pytest.raises(ModelError, match=f"no random model '{name}'; there are: ") as caught:
         load_model(name)
-    assert all(PREFIX + known in str(caught.value) for known in CONFIGS)
+    assert all(PREFIX + known in str(caught.value) for known in (*CONFIGS, *PIXART_CONFIGS))
 
 
 def test_rules_on_the_command_line() -> None:
@@ -134,6 +171,7 @@ def test_a_rule_that_the_calls_do_not_allow(text: str, message: str) -> None:
     ("name", "dtype"),
     [
         ("random:DiT-S-2-256", torch.float16),
+        pytest.param("random:PixArt-XL-2-256", torch.float16, marks=pytest.mark.slow),
         pytest.param("random:DiT-XL-2-256", torch.float16, marks=pytest.mark.slow),
         pytest.param("random:DiT-XL-2-256", torch.float32, marks=pytest.mark.slow),
     ],
@@ -149,7 +187,7 @@ def test_a_published_size_exports_with_its_weights_stored_once(name: str, dtype:
     bundle = export_bundle(adapter, table, identity, tmp_path / "bundle", cfg=cfg, schedule=schedule)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     parameters = sum(parameter.numel() for parameter in adapter.parameters())
-    assert round(parameters / 1e6) == PAPER[name.split("-")[1]][-1]
+    assert round(parameters / 1e6) == (611 if "PixArt" in name else PAPER[name.split("-")[1]][-1])
     graphs = [path.stat().st_size for path in bundle.path.glob("graphs/*.onnx")]
     assert len(graphs) == steps and max(graphs) <= 1e6
     assert bundle.total_bytes() - sum(graphs) <= 1.02 * parameters * dtype.itemsize

@@ -31,6 +31,7 @@ from hcompress_export.switch import switch_graph
 from hcompress_export.trace import OPSET, trace
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
+from hcompress_runtime.conditions import Input
 from hcompress_runtime.files import sha256, write_atomically
 from hcompress_runtime.plan import Pattern, Plan
 from hcompress_runtime.table import SolverTable
@@ -87,7 +88,7 @@ def export_bundle(
             "sample_shape": adapter.sample_shape,
             "dtype": str(adapter.dtype).removeprefix("torch."),
             "guidance": _guidance(adapter, cfg),
-            "conditions": {"labels": {"classes": adapter.num_classes}},
+            "conditions": {name: _described(one) for name, one in adapter.conditions.items()},
             "opset": opset,
             "tools": {tool: version(tool) for tool in TOOLS},
             "branches": frozen["branches"],
@@ -132,6 +133,12 @@ def _write_graphs(folder: Path, traced: ir.Model, plan: Plan, layout: str) -> tu
     return graphs, file_of
 
 
+def _described(one: Input) -> dict[str, Any]:
+    """An input as the manifest has it; a default is among the constants."""
+    classes = {} if one.classes is None else {"classes": one.classes}
+    return {"dtype": one.dtype, "shape": one.shape} | classes
+
+
 def _guidance(adapter: Adapter, cfg: float) -> dict[str, Any]:
     """How classifier-free guidance is laid out in the graphs."""
     if cfg == 1.0:
@@ -141,11 +148,16 @@ def _guidance(adapter: Adapter, cfg: float) -> dict[str, Any]:
 
 
 def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
-    """The solver table and the step constants, T rows each; float32, which a graph in a half rounds to just that."""
+    """The solver table and the step constants, T rows each, and the defaults of conditions, a row each.
+
+    Steps and defaults are float32, which a graph in a half rounds to just what the adapter computes with.
+    """
     with torch.no_grad():
         rows = constants_of(adapter, table)
     steps = {f"step.{name}": torch.cat([row[name] for row in rows]).float().cpu().numpy() for name in rows[0]}
-    return steps | {f"table.{name}": value for name, value in asdict(table).items()}
+    defaults = {name: one.default for name, one in adapter.conditions.items() if one.default is not None}
+    rows_of = {f"condition.{name}": default[None].astype(np.float32) for name, default in defaults.items()}
+    return steps | rows_of | {f"table.{name}": value for name, value in asdict(table).items()}
 
 
 def _readable(value: Any, depth: int = 0) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError
 from hcompress.sampling import solver_noises, start_noise, trajectory
+from hcompress_runtime.conditions import Given, complete, example, take
 from hcompress_runtime.engine import SlotValue
 from hcompress_runtime.files import write_atomically
 from hcompress_runtime.images import png
@@ -46,26 +47,29 @@ class Drift:
 def drifts(
     adapter: Adapter,
     runtime: Runtime,
-    labels: Sequence[int],
+    labels: Given,
     compute: NDArray[np.bool_] | None = None,
     *,
     seed: int = 0,
 ) -> list[Drift]:
     """Every tensor that passes between the calls of a generation, in the order of execution.
 
-    compute: bool[T, N] that the bundle was frozen from; None is the dense model.
+    labels:  or arrays, as `Runtime.generate` takes them
+    compute: bool[T, N] that the bundle was frozen from; None is the dense model
     """
-    table, streams = runtime.bundle.table, range(len(labels))
-    chained: list[NDArray[np.float32]] = []
-    runtime.generate(labels, seed, batch=len(labels), on_step=lambda call, x: chained.append(x))
+    rows = complete(runtime.bundle.conditions, labels)
+    count = len(next(iter(rows.values())))
+    rows, streams = take(rows, range(count)), range(count)
+    table, chained = runtime.bundle.table, list[NDArray[np.float32]]()
+    runtime.generate(rows, seed, batch=count, on_step=lambda call, x: chained.append(x))
     start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, table, seed, streams)
-    condition, outputs = adapter.label_condition([*labels]), list[torch.Tensor]()
+    condition, outputs = adapter.condition(rows), list[torch.Tensor]()
     held: dict[str, SlotValue] = {}
     found = []
     calls = trajectory(adapter, table, condition, start, cfg=runtime.bundle.cfg, compute=compute, noises=noises)
     for call, (x, output, slots) in enumerate(calls):
         outputs.append(output)
-        got, written = runtime.step(call, _array(x), np.array(labels, np.int64), held)
+        got, written = runtime.step(call, _array(x), rows, held)
         want = {name: slots[index] for index, name in enumerate(adapter.graph.names) if name in written}
         to_numpy = runtime.engines[runtime.bundle.graphs[call]].to_numpy
         found.append(Drift(call, "latent", _relative(chained[call], x)))
@@ -78,7 +82,7 @@ def drifts(
 def parity(
     adapter: Adapter,
     runtime: Runtime,
-    labels: Sequence[int],
+    labels: Given,
     compute: NDArray[np.bool_] | None = None,
     *,
     seed: int = 0,
@@ -106,19 +110,21 @@ def first_drift(found: Sequence[Drift], tolerance: float) -> Drift | None:
 def prove(adapter: Adapter, folder: Path, compute: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """The `parity` of the bundle in `folder` over a sample of each class (ten at most); leaves them as preview.png.
 
+    Where there are no classes it is over two samples of made-up embeddings.
     Raises BundleError where something exceeds TOLERANCE: such a bundle must not be used. Latents without a decoder get
     no picture.
     """
     with Runtime(folder) as runtime:
-        labels = range(min(10, runtime.bundle.num_classes))
-        found = drifts(adapter, runtime, labels, compute)
+        inputs = runtime.bundle.conditions
+        given = example(inputs, min(10, inputs["labels"].classes or 1) if "labels" in inputs else 2)
+        found = drifts(adapter, runtime, given, compute)
         tolerance = TOLERANCE[runtime.bundle.manifest["dtype"]]
         if drift := first_drift(found, tolerance):
             raise BundleError(
                 f"ONNX Runtime and PyTorch differ by {drift.error:.1e} in {drift.tensor} of call {drift.call} "
                 f"({tolerance:.0e} is allowed); nothing was written. This is a bug: please report it with this bundle"
             )
-        pictures = runtime.pictures(runtime.generate(labels))
+        pictures = runtime.pictures(runtime.generate(given))
         if pictures.shape[1] in (1, 3):
             write_atomically(folder / PREVIEW, png(pictures))
     return _latents(found)

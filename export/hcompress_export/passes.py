@@ -54,6 +54,18 @@ def name_batch(model: ir.Model) -> None:
             value.shape = ir.Shape([size if isinstance(size, int) else free for size in value.shape])
 
 
+def count_by_latent(model: ir.Model) -> None:
+    """Take the number of samples from `latent`, which every step is given.
+
+    Before: from the shape of whichever input the exporter chose. After: no step keeps prompts for their number.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    for node in model.graph:
+        bounds = [node.attributes.get_int(name, -1) for name in ("start", "end")]
+        if node.op_type == "Shape" and bounds == [0, 1] and node.inputs[0] in inputs.values():
+            node.replace_input_with(0, inputs["latent"])
+
+
 def keep_slots_flat(model: ir.Model) -> None:
     """Keep what a branch computed as its last linear layer leaves it, [rows tokens, width].
 

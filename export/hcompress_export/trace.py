@@ -3,7 +3,7 @@
 The graph is traced once; `hcompress_export.passes` cuts every step's graph out of it. Its inputs and outputs:
 
     in   latent            float32[batch, C, H, W], before guidance doubles the rows
-    in   <condition>       such as labels, int64[batch]
+    in   <condition>       such as labels, int64[batch], or prompt_embeds, float32[batch, tokens, width]
     in   step.<constant>   float32[1, ...], everything that derives from the timestep alone; no more precise than dtype
     in   cfg               float32[], the guidance scale; absent where there is no guidance (a scale of 1)
     out  model_output      float32[batch, C, H, W], after guidance, without the channels of a learned variance
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition
 from hcompress.sampling import fill_route
-from hcompress_export.passes import keep_slots_flat, name_batch, name_weights_by_content
+from hcompress_export.passes import count_by_latent, keep_slots_flat, name_batch, name_weights_by_content
 from hcompress_export.translate import TRANSLATIONS
+from hcompress_runtime.conditions import example
 
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
 
@@ -36,7 +37,7 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
     """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided`."""
     device = adapter.device
     latent = torch.zeros(3, *adapter.sample_shape, device=device)  # 3: torch.export takes 0 and 1 for constants
-    condition = dict(adapter.label_condition([0, 0, 0]))
+    condition = dict(adapter.condition(example(adapter.conditions, len(latent))))
     constants = {name: value.float() for name, value in adapter.step_constants(torch.zeros(1, device=device)).items()}
     scale = () if cfg == 1.0 else (torch.tensor(cfg, device=device),)
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 20)}
@@ -59,6 +60,7 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
         )
     model = cast(Any, exported).model
     name_batch(model)
+    count_by_latent(model)
     keep_slots_flat(model)
     name_weights_by_content(model)
     return model

@@ -3,8 +3,9 @@
 - A linear layer on [rows, tokens, width] becomes MatMul + Add with a transposed copy of the weight. As Gemm on
   [rows tokens, width] the bias is free and the weight keeps PyTorch's layout, byte for byte. 8 % of a whole step of
   zoo:fashion-dit on ONNX Runtime 1.30, CPU.
-- Attention gets a dozen nodes that take shapes apart to transpose the keys. Here it is five, none of them about shapes.
-  Its softmax is float32 even between halves, as in PyTorch's kernels. (Layer norms already are: `stash_type` 1.)
+- Attention gets a dozen nodes that take shapes apart to transpose the keys. Here it is five, none of them about shapes,
+  and one more where there is a mask. Its softmax is float32 even between halves, as in PyTorch's kernels. (Layer norms
+  already are: `stash_type` 1.)
 - A convolution in bfloat16 is not ONNX before opset 22. Here it is one in float32 between casts.
 """
 
@@ -39,16 +40,19 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(query key^T scale) value, [rows, heads, tokens, width] each."""
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError("attention with a mask, dropout, causality or grouped queries")
+    """softmax(query key^T scale + attn_mask) value, [rows, heads, tokens, width] each; the mask is added, no bool."""
+    if dropout_p or is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL):
+        raise NotImplementedError("attention with a mask of bools, dropout, causality or grouped queries")
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     # Scaled before the product, which float16 may not hold otherwise; ONNX Runtime makes both orders one FusedMatMul.
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
     if query.dtype == ir.DataType.FLOAT:
+        scores = scores if attn_mask is None else op.Add(scores, attn_mask)
         return op.MatMul(op.Softmax(scores, axis=-1), value)
-    shares = op.Softmax(op.Cast(scores, to=ir.DataType.FLOAT), axis=-1)
-    return op.MatMul(op.Cast(shares, to=query.dtype), value)
+    scores = op.Cast(scores, to=ir.DataType.FLOAT)
+    if attn_mask is not None:
+        scores = op.Add(scores, op.Cast(attn_mask, to=ir.DataType.FLOAT))
+    return op.MatMul(op.Cast(op.Softmax(scores, axis=-1), to=query.dtype), value)
 
 
 def convolution(

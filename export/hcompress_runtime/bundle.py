@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from hcompress_runtime.conditions import Input
 from hcompress_runtime.errors import BundleError
 from hcompress_runtime.plan import Plan
 from hcompress_runtime.table import SolverTable
@@ -44,7 +45,7 @@ class Bundle:
     cfg:             guidance scale
     sample_shape:    (C, H, W)
     rows_per_sample: 2 where guidance doubles the batch, else 1
-    num_classes:     labels are 0 .. num_classes - 1
+    conditions:      what the model is told of each sample
     cur, mac_ratio:  share of reused branches; MACs of the dense model over those of this one
     manifest:        everything, as it is in manifest.json
     """
@@ -59,7 +60,7 @@ class Bundle:
     cfg: float
     sample_shape: tuple[int, ...]
     rows_per_sample: int
-    num_classes: int
+    conditions: Mapping[str, Input]
     cur: float
     mac_ratio: float
     manifest: Mapping[str, Any]
@@ -107,11 +108,11 @@ def open_bundle(path: Path | str) -> Bundle:
             table=SolverTable(
                 *(constants.pop(f"table.{name}") for name in ("timesteps", "start", "outputs", "noises"))
             ),
+            conditions=_conditions(manifest["conditions"], constants),
             constants=constants,
             cfg=float(manifest["guidance"]["scale"]),
             sample_shape=tuple(manifest["sample_shape"]),
             rows_per_sample=int(manifest["guidance"]["rows_per_sample"]),
-            num_classes=int(manifest["conditions"]["labels"]["classes"]),
             cur=float(manifest["cur"]),
             mac_ratio=float(manifest["mac_ratio"]),
             manifest=manifest,
@@ -169,6 +170,20 @@ def _load_constants(file: Path) -> dict[str, NDArray[Any]]:
         if not np.isfinite(tensor).all():
             raise BundleError(f"{file}: {name} holds NaN or infinity; {AGAIN}")
     return {name.removeprefix("step."): tensor for name, tensor in tensors.items()}
+
+
+def _conditions(described: Mapping[str, Any], constants: dict[str, NDArray[Any]]) -> dict[str, Input]:
+    """What the manifest describes, with the defaults that `constants` holds; takes those out of it."""
+    inputs = {}
+    for name, entry in described.items():
+        dtype, shape = str(entry.get("dtype", "int64")), tuple(int(size) for size in entry.get("shape", ()))
+        classes = entry.get("classes")
+        row = constants.pop(f"condition.{name}", None)
+        default = None if row is None else row.reshape(row.shape[1:]).astype(dtype)
+        inputs[name] = Input(dtype, shape, None if classes is None else int(classes), default)
+    if all(one.default is not None for one in inputs.values()):
+        raise ValueError("no condition says how many samples there are")
+    return inputs
 
 
 def _check_fits(bundle: Bundle) -> None:

@@ -24,7 +24,7 @@ class EngineError(HcompressError):
 
 
 class InputError(HcompressError):
-    """Labels, seeds or sizes that this model cannot take."""
+    """Labels, prompts, seeds or sizes that this model cannot take."""
 
 
 class MissingExtra(HcompressError):

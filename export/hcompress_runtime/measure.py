@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hcompress_runtime.conditions import example
 from hcompress_runtime.errors import HcompressError
 from hcompress_runtime.runtime import Runtime
 
@@ -66,8 +67,8 @@ def _pss_bytes() -> int:
 def _main(batch: str, options: str) -> None:
     seen: list[int] = []
     with Runtime(**json.loads(options)) as runtime:
-        labels = [index % runtime.bundle.num_classes for index in range(int(batch))]
-        runtime.generate(labels, batch=int(batch), on_step=lambda call, x: seen.append(_pss_bytes()))
+        given = example(runtime.bundle.conditions, int(batch))
+        runtime.generate(given, batch=int(batch), on_step=lambda call, x: seen.append(_pss_bytes()))
         seen.append(_pss_bytes())
     print(json.dumps({"peak_memory_bytes": max(seen)}))
 

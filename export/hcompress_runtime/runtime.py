@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hcompress_runtime.backends import FLAVORS
 from hcompress_runtime.bundle import DECODER, Bundle, open_bundle
+from hcompress_runtime.conditions import Given, Rows, complete, take
 from hcompress_runtime.engine import Engine, SlotValue
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
@@ -73,7 +74,7 @@ class Runtime:
 
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Given,
         seed: int = 0,
         *,
         batch: int = 16,
@@ -82,19 +83,21 @@ class Runtime:
     ) -> NDArray[np.float32]:
         """One sample for each label, float32[len(labels), C, H, W], in batches.
 
-        Sample i draws stream `first` + i of `seed`, whatever the batch. Raises InputError for labels, seeds and
+        A text-conditional bundle is given arrays by name instead of labels, one sample for each row of `prompt_embeds`;
+        hcompress_runtime.conditions says which, and `load_prompts` there reads them from a file.
+
+        Sample i draws stream `first` + i of `seed`, whatever the batch. Raises InputError for conditions, seeds and
         batches that this bundle cannot take.
         """
-        self._check(labels, seed, batch, first)
+        rows = complete(self.bundle.conditions, labels)
+        self._check(seed, batch, first)
         least, most = next(iter(self.engines.values())).batches
-        batch = min(batch, most)
-        parts = [labels[begin : begin + batch] for begin in range(0, len(labels), batch)]
-        finished = []
-        for i, part in enumerate(parts):
-            padding = max(0, least - len(part))  # an engine may be built for one batch only
-            streams = range(first + batch * i, first + batch * i + len(part) + padding)
-            padded = np.array([*part, *[part[0]] * padding], np.int64)
-            finished.append(self._generate(padded, seed, streams, on_step)[: len(part)])
+        count, batch, finished = len(next(iter(rows.values()))), min(batch, most), []
+        for begin in range(0, count, batch):
+            chosen = [*range(begin, min(begin + batch, count))]
+            padded = [*chosen, *[begin] * (least - len(chosen))]  # an engine may be built for one batch only
+            streams = range(first + begin, first + begin + len(padded))
+            finished.append(self._generate(take(rows, padded), seed, streams, on_step)[: len(chosen)])
         return np.concatenate(finished)
 
     def pictures(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -110,11 +113,14 @@ class Runtime:
         return np.concatenate([self._decoder.run(None, {"latent": samples[i : i + 1]})[0] for i in range(len(samples))])
 
     def step(
-        self, call: int, x: NDArray[np.float32], labels: NDArray[np.int64], slots: dict[str, SlotValue]
+        self, call: int, x: NDArray[np.float32], conditions: Rows, slots: dict[str, SlotValue]
     ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
-        """Model output [B, C, H, W] of one call, and the slots it wrote; brings `slots` up to date."""
+        """Model output [B, C, H, W] of one call, and the slots it wrote; brings `slots` up to date.
+
+        conditions: of the B samples, complete and contiguous
+        """
         plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
-        output, written = engine.infer(self._feeds(call, x, labels), slots)
+        output, written = engine.infer(self._feeds(call, x, conditions), slots)
         written = {name: written[name] for name in plan.writes}
         slots |= written
         self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
@@ -122,9 +128,7 @@ class Runtime:
             del slots[name]
         return output, written
 
-    def _generate(
-        self, labels: NDArray[np.int64], seed: int, streams: Sequence[int], on_step: OnStep
-    ) -> NDArray[np.float32]:
+    def _generate(self, conditions: Rows, seed: int, streams: Sequence[int], on_step: OnStep) -> NDArray[np.float32]:
         table = self.bundle.table
         start = gaussian(seed, streams, self.bundle.sample_shape)
         noises = [gaussian(seed, streams, self.bundle.sample_shape, draw=m + 1) for m in range(table.num_noises)]
@@ -133,25 +137,20 @@ class Runtime:
         for call in range(table.num_calls):
             x = table.combine(call, start, outputs, noises)
             on_step(call, x)
-            outputs.append(self.step(call, x, labels, slots)[0])
+            outputs.append(self.step(call, x, conditions, slots)[0])
         x = table.combine(table.num_calls, start, outputs, noises)
         on_step(table.num_calls, x)
         return x
 
-    def _feeds(self, call: int, x: NDArray[np.float32], labels: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+    def _feeds(self, call: int, x: NDArray[np.float32], conditions: Rows) -> Mapping[str, NDArray[Any]]:
         constants = {f"step.{name}": rows[call : call + 1] for name, rows in self.bundle.constants.items()}
         computes = self.bundle.plan.steps[call].computes
         compute = np.array([branch in computes for branch in self.bundle.plan.branches])
         scale = np.array(self.bundle.cfg, np.float32)
-        return {"latent": x, "labels": labels, "cfg": scale, "compute": compute, **constants}
+        return {"latent": x, **conditions, "cfg": scale, "compute": compute, **constants}
 
-    def _check(self, labels: Sequence[int], seed: int, batch: int, first: int) -> None:
-        classes = self.bundle.num_classes
-        if not len(labels):
-            raise InputError("no labels; pass one for each sample, such as 0,1,2")
-        for label in labels:
-            if not 0 <= label < classes:
-                raise InputError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
+    @staticmethod
+    def _check(seed: int, batch: int, first: int) -> None:
         if batch < 1:
             raise InputError(f"batch {batch} should be 1 or more")
         if not (0 <= seed < 1 << 64 and 0 <= first < 1 << 63):

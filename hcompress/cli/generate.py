@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Generate = Callable[[list[int]], "NDArray[np.float32]"]
+    from hcompress_runtime.conditions import Given
+
+Generate = Callable[["Given"], "NDArray[np.float32]"]
 
 
 def generate(
     source: Annotated[str, typer.Argument(help="A bundle, or a MODEL to run in PyTorch.", show_default=False)],
-    labels: Annotated[str, typer.Option(help="A class for each sample: 0,1,2", show_default=False)],
     out: Annotated[Path, typer.Option(help="PNG to write, ten samples a row.", show_default=False)],
+    labels: Annotated[str | None, typer.Option(help="A class for each sample: 0,1,2", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text models: a file of embeddings, one sample for each; see FORMAT.md.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; sample i draws stream i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
@@ -33,7 +38,7 @@ def generate(
     cfg: Annotated[float | None, typer.Option(help="MODEL only: the schedule's own if not given, else 1.5.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Generate one sample for each label. A bundle and the MODEL it came from give the same picture.
+    """Generate one sample for each label or prompt. A bundle and the MODEL it came from give the same picture.
 
     Example: hcompress generate bundle --labels 0,1,2 --seed 0 --out grid.png
     """
@@ -42,7 +47,7 @@ def generate(
     from hcompress_runtime.files import write_atomically
     from hcompress_runtime.images import png
 
-    classes = _numbers(labels)
+    given = _given(labels, prompts)
     with Console(stderr=True).status(f"loading {source}") as status:
         if _is_bundle(Path(source)):
             backend, run = "onnxruntime", _from_bundle(source, seed, batch, threads, device)
@@ -50,13 +55,23 @@ def generate(
             backend, run = "torch", _from_model(source, seed, batch, threads, device, schedule, solver, steps, cfg)
         status.update("generating")
         begin = time.perf_counter()
-        samples = run(classes)
+        samples = run(given)
         latency_ms = 1e3 * (time.perf_counter() - begin)
     write_atomically(out, png(samples))
     if as_json:
-        print(json.dumps({"out": str(out), "backend": backend, "labels": classes, "latency_ms": latency_ms}))
+        asked = {"prompts": str(prompts)} if prompts else {"labels": given}
+        print(json.dumps({"out": str(out), "backend": backend, **asked, "latency_ms": latency_ms}))
     else:
         print(out)
+
+
+def _given(labels: str | None, prompts: Path | None) -> Given:
+    """What to generate."""
+    from hcompress_runtime.conditions import load_prompts
+
+    if (labels is None) == (prompts is None):
+        raise InputError("say what to generate: --labels 0,1,2 for classes, or --prompts FILE for text, not both")
+    return load_prompts(prompts) if prompts else _numbers(labels or "")
 
 
 def _numbers(labels: str) -> list[int]:
@@ -76,7 +91,7 @@ def _from_bundle(bundle: str, seed: int, batch: int, threads: int | None, device
     from hcompress_runtime import Runtime
 
     runtime = Runtime(bundle, device, threads)
-    return lambda labels: runtime.pictures(runtime.generate(labels, seed, batch=batch))
+    return lambda given: runtime.pictures(runtime.generate(given, seed, batch=batch))
 
 
 def _from_model(
@@ -108,9 +123,9 @@ def _from_model(
     compute = learned.compute if learned else None
     decoder = load_decoder(setting.model.folder)
 
-    def run(labels: list[int]) -> NDArray[np.float32]:
+    def run(given: Given) -> NDArray[np.float32]:
         samples: torch.Tensor = sample_seeded(
-            setting.adapter, setting.table, labels, seed=seed, cfg=setting.cfg, compute=compute, batch=batch
+            setting.adapter, setting.table, given, seed=seed, cfg=setting.cfg, compute=compute, batch=batch
         )
         if decoder:
             with torch.no_grad():

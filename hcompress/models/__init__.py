@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hcompress.adapter import Adapter
@@ -16,6 +17,16 @@ def _dit(folder: str, **source: Any) -> Adapter:
     return DiT(DiTTransformer2DModel.from_pretrained(folder, **source))
 
 
+def _pixart(folder: str, **source: Any) -> Adapter:
+    from hcompress.models.pixart import load_pixart
+
+    return load_pixart(Path(folder), **source)
+
+
 MODELS: dict[str, Callable[..., Adapter]] = {
     "DiTTransformer2DModel": _dit,
+    "PixArtTransformer2DModel": _pixart,
 }
+
+LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""What `Transformer2DModel` is called now, by its `norm_type`: the published DiT and PixArt have the old name."""

@@ -9,7 +9,7 @@ what derives from the timestep alone enters as a step constant, the label part s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -20,7 +20,9 @@ from torch.nn import functional
 
 from hcompress.adapter import Adapter, Condition, Route
 from hcompress.branches import Branch, BranchGraph
-from hcompress.errors import InputError, ModelError
+from hcompress.errors import ModelError
+from hcompress.models.parts import linear_macs, num_params, unpatchify
+from hcompress_runtime.conditions import Given, Input
 
 
 @final
@@ -28,6 +30,7 @@ class DiT(Adapter):
     """Adapter of `DiTTransformer2DModel`. L tokens, D width, E distinct embedders (1 unless the copies differ)."""
 
     network: DiTTransformer2DModel
+    num_classes: int
     embedders: list[Any]
 
     def __init__(self, network: DiTTransformer2DModel) -> None:
@@ -39,6 +42,7 @@ class DiT(Adapter):
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.guided_channels = config.in_channels
         self.num_classes = config.num_embeds_ada_norm
+        self.conditions = {"labels": Input("int64", (), classes=self.num_classes)}
         self.embedders, self.embedder_of_block = _distinct([b.norm1.emb for b in network.transformer_blocks])
         self.graph = _branch_graph(network, self.embedders)
 
@@ -75,7 +79,7 @@ class DiT(Adapter):
             h = h + gate_m * route(2 * index + 1, mlp)
         shift, scale = self.network.proj_out_1(conditioning[self.embedder_of_block[0]])[:, None].chunk(2, dim=2)
         h = self.network.proj_out_2(self.network.norm_out(h) * (1 + scale) + shift)
-        return _unpatchify(h, self.network.patch_size, self.network.out_channels)
+        return unpatchify(h, self.network.patch_size, self.network.out_channels)
 
     def null_condition(self, condition: Condition) -> Condition:
         """The null class, one past the last label."""
@@ -85,12 +89,9 @@ class DiT(Adapter):
         """Labels uniform over the classes (HarmoniCa, algorithm of SDT)."""
         return {"labels": torch.from_numpy(rng.integers(self.num_classes, size=count)).to(self.device)}
 
-    def label_condition(self, labels: list[int]) -> Condition:
-        """int64[B] labels. Raises InputError outside 0 .. num_classes - 1."""
-        for label in labels:
-            if not 0 <= label < self.num_classes:
-                raise InputError(f"label {label} is outside 0..{self.num_classes - 1}, the classes of this model")
-        return {"labels": torch.tensor(labels, dtype=torch.int64, device=self.device)}
+    def even_conditions(self, count: int) -> Given:
+        """Labels, round robin over the classes."""
+        return [index % self.num_classes for index in range(count)]
 
 
 def _distinct(modules: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
@@ -121,33 +122,16 @@ def _branch_graph(network: DiTTransformer2DModel, embedders: Sequence[nn.Module]
     tokens = (config.sample_size // patch) ** 2
     branches: list[Branch] = []
     for index, block in enumerate(network.transformer_blocks):
-        modulation = _num_params([block.norm1.linear]) // 6 * 2
-        macs = tokens * _linear_macs(block.attn1) + 2 * tokens * tokens * width
-        params = modulation + _num_params([block.norm1.norm, block.attn1])
+        modulation = num_params([block.norm1.linear]) // 6 * 2
+        macs = tokens * linear_macs(block.attn1) + 2 * tokens * tokens * width
+        params = modulation + num_params([block.norm1.norm, block.attn1])
         branches.append(Branch(f"{index}.attn", macs, (tokens, width), params))
-        params = modulation + _num_params([block.norm3, block.ff])
-        branches.append(Branch(f"{index}.mlp", tokens * _linear_macs(block.ff), (tokens, width), params))
+        params = modulation + num_params([block.norm3, block.ff])
+        branches.append(Branch(f"{index}.mlp", tokens * linear_macs(block.ff), (tokens, width), params))
     patchify = tokens * config.in_channels * patch * patch * width
-    modulations = sum(_linear_macs(block.norm1.linear) for block in network.transformer_blocks)
-    final = _linear_macs(network.proj_out_1) + tokens * _linear_macs(network.proj_out_2)
-    copies = _num_params(block.norm1.emb for block in network.transformer_blocks)
-    params = _num_params([network]) - copies + _num_params(embedders)
+    modulations = sum(linear_macs(block.norm1.linear) for block in network.transformer_blocks)
+    final = linear_macs(network.proj_out_1) + tokens * linear_macs(network.proj_out_2)
+    copies = num_params(block.norm1.emb for block in network.transformer_blocks)
+    params = num_params([network]) - copies + num_params(embedders)
     other_params = params - sum(branch.params for branch in branches)
     return BranchGraph(tuple(branches), patchify + modulations + final, other_params)
-
-
-def _num_params(modules: Iterable[nn.Module]) -> int:
-    """Parameters of all `modules`; what several of them hold in common, as one object, counts once."""
-    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())
-
-
-def _linear_macs(module: nn.Module) -> int:
-    """MACs of all linear layers of `module` for one token."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _unpatchify(h: Tensor, patch: int, channels: int) -> Tensor:
-    """[R, L, patch * patch * C] to [R, C, H, W]; the grid is square."""
-    side = int(h.shape[1] ** 0.5)
-    h = h.reshape(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
-    return h.reshape(-1, channels, side * patch, side * patch)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
-from hcompress.models import MODELS
+from hcompress.models import LEGACY, MODELS
 from hcompress.models.random import PREFIX, SCHEDULER, make_random
 
 ZOO = Path(__file__).parent.parent / "zoo"
@@ -46,6 +46,8 @@ def load_model(name: str) -> Model:
     folder = _find(name)
     config = _read_json(folder / "transformer" / "config.json")
     family = config.get("_class_name")
+    if family == "Transformer2DModel":
+        family = LEGACY.get(str(config.get("norm_type")), family)
     if family not in MODELS:
         raise ModelError(f"{name} is a {family}, which has no adapter yet; families that have one: {', '.join(MODELS)}")
     try:
@@ -79,7 +81,7 @@ def _find(name: str) -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["transformer/*", "scheduler/*", "vae/*", "model_index.json"]
+    wanted = ["transformer/*", "scheduler/*", "vae/*", "model_index.json", "prompts.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # HTTP, proxy, offline, disk, a name that the hub does not allow: no common base

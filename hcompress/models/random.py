@@ -1,7 +1,8 @@
 """Published architectures with random weights: full size for exports, engines and timings, and no quality whatsoever.
 
 `random:DiT-XL-2-256` costs, caches and exports like facebook/DiT-XL-2-256, but gives noise. What is drawn differs from
-a fresh initialisation in that nothing is zero: every gate is open, so a reused branch changes the samples.
+a fresh initialisation in that nothing is zero: every gate is open, so a reused branch changes the samples. Text models
+get a few random prompts to train on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,27 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Peebles and Xie 2023, table 1
     "DiT-B-2-256": DIT | {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
     "DiT-S-2-256": DIT | {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
 }
-SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json
+PIXART = {  # PixArt-alpha/PixArt-XL-2-512x512, transformer/config.json
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 64,
+    "patch_size": 2,
+    "use_additional_conditions": False,
+    "activation_fn": "gelu-approximate",
+}
+PIXART_CONFIGS: dict[str, dict[str, Any]] = {  # Chen et al. 2023 and 2024; Sigma's text is longer
+    "PixArt-XL-2-256": PIXART | {"sample_size": 32},
+    "PixArt-XL-2-512": PIXART,
+    "PixArt-XL-2-1024": PIXART | {"sample_size": 128, "use_additional_conditions": True},
+    "PixArt-Sigma-XL-2-1024": PIXART | {"sample_size": 128},
+}
+PROMPTS = 8  # of a text model
+SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json; PixArt's noise is the same
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -51,15 +72,17 @@ SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_conf
 
 def random_names() -> list[str]:
     """The architectures there are, as MODEL on the command line."""
-    return [PREFIX + name for name in CONFIGS]
+    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS)]
 
 
 def make_random(name: str) -> Adapter:
     """The adapter of `random:NAME`, float32, the same weights each time. Raises ModelError for an unknown NAME."""
-    config = CONFIGS.get(name.removeprefix(PREFIX))
-    if config is None:
-        raise ModelError(f"no random model {name!r}; there are: {', '.join(random_names())}")
-    return random_dit(config)
+    plain = name.removeprefix(PREFIX)
+    if plain in CONFIGS:
+        return random_dit(CONFIGS[plain])
+    if plain in PIXART_CONFIGS:
+        return random_pixart(PIXART_CONFIGS[plain], tokens=300 if "Sigma" in plain else 120)
+    raise ModelError(f"no random model {name!r}; there are: {', '.join(random_names())}")
 
 
 def random_dit(config: dict[str, Any], seed: int = 0) -> Adapter:
@@ -72,16 +95,46 @@ def random_dit(config: dict[str, Any], seed: int = 0) -> Adapter:
 
     from hcompress.models.dit import DiT
 
-    with torch.device("meta"):  # diffusers would draw every weight first
-        network = DiTTransformer2DModel(**config)
-    network.to_empty(device="cpu")
-    network.pos_embed = DiTTransformer2DModel(**config | {"num_layers": 1}).pos_embed  # holds what is no weight
+    network = _without_weights(DiTTransformer2DModel, config)
     first, *others = network.transformer_blocks
     for block in others:
         block.norm1.emb = first.norm1.emb
+    _draw(network, np.random.Generator(np.random.SFC64(seed)))
+    return DiT(network)
+
+
+def random_pixart(config: dict[str, Any], seed: int = 0, *, tokens: int = 120) -> Adapter:
+    """A PixArt of `config`, drawn like a DiT, with PROMPTS random prompts of `tokens` tokens and a null prompt."""
+    from diffusers import PixArtTransformer2DModel
+
+    from hcompress.models.pixart import PixArt
+
+    network = _without_weights(PixArtTransformer2DModel, config)
     rng = np.random.Generator(np.random.SFC64(seed))
+    _draw(network, rng)
+    width = config.get("caption_channels") or config["cross_attention_dim"]
+    lengths = rng.integers(2, tokens + 1, size=(PROMPTS, 1))
+    prompts = {
+        "prompt_embeds": rng.standard_normal((PROMPTS, tokens, width), dtype=np.float32),
+        "prompt_mask": np.arange(tokens) < lengths,
+        "null_embeds": rng.standard_normal((1, tokens, width), dtype=np.float32),
+        "null_mask": np.arange(tokens)[None] < 1,
+    }
+    return PixArt(network, prompts)
+
+
+def _without_weights(family: Any, config: dict[str, Any]) -> Any:
+    """The network with memory for its weights and nothing in it; diffusers would draw every weight first."""
+    with torch.device("meta"):
+        network = family(**config)
+    network.to_empty(device="cpu")
+    network.pos_embed = family(**config | {"num_layers": 1}).pos_embed  # holds what is no weight
+    return network
+
+
+def _draw(network: torch.nn.Module, rng: np.random.Generator) -> None:
+    """Give every weight its values."""
     for weight in network.parameters():
         values = weight.detach().numpy()
         rng.standard_normal(dtype=np.float32, out=values)
         values *= 0.02 if values.ndim == 1 else math.prod(values.shape[1:]) ** -0.5
-    return DiT(network)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hcompress.errors import BundleError
 from hcompress_runtime.bundle import Bundle, open_bundle
+from hcompress_runtime.conditions import Rows, example
 from hcompress_runtime.measure import interleaved, peak_memory_bytes
 from hcompress_runtime.runtime import Runtime
 
@@ -36,13 +37,13 @@ def compare_bundles(
     for what in ("config_hash", "weight_hash", "solver", "cfg"):
         if ours[what] != theirs[what]:
             raise BundleError(f"{cached} and {dense} differ in {what}; export both from one run, one with --dense")
-    labels = [index % bundles[""].num_classes for index in range(batch)]
+    given = example(bundles[""].conditions, batch)
     contenders: dict[str, Callable[[], object]] = {}
     for prefix, bundle in bundles.items():
         runtime = Runtime(bundle, provider, threads)
-        contenders[prefix] = lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
+        contenders[prefix] = lambda runtime=runtime: runtime.generate(given, batch=batch)  # type: ignore[misc]
     if with_torch:
-        contenders |= _torch(bundles[""], labels, threads)
+        contenders |= _torch(bundles[""], given, batch, threads)
     latency_ms = {prefix: float(np.median(ms)) for prefix, ms in interleaved(contenders, rounds, progress).items()}
     speedup, mac_ratio = latency_ms["dense_"] / latency_ms[""], bundles[""].mac_ratio / bundles["dense_"].mac_ratio
     return {
@@ -62,7 +63,7 @@ def compare_bundles(
     }
 
 
-def _torch(bundle: Bundle, labels: list[int], threads: int | None) -> dict[str, Callable[[], object]]:
+def _torch(bundle: Bundle, given: Rows, batch: int, threads: int | None) -> dict[str, Callable[[], object]]:
     """The reference sampler on the bundle's model, cached and uncached."""
     import torch
 
@@ -80,6 +81,6 @@ def _torch(bundle: Bundle, labels: list[int], threads: int | None) -> dict[str, 
     compute = Schedule.load(bundle.path / "schedule.safetensors").compute
 
     def run(mask: Any) -> object:
-        return sample_seeded(adapter, bundle.table, labels, seed=0, cfg=bundle.cfg, compute=mask, batch=len(labels))
+        return sample_seeded(adapter, bundle.table, given, seed=0, cfg=bundle.cfg, compute=mask, batch=batch)
 
     return {"torch_": lambda: run(compute), "dense_torch_": lambda: run(None)}

@@ -16,6 +16,7 @@ from hcompress_export.bundle import SCHEDULE
 from hcompress_export.parity import TOLERANCE, Drift, drifts, first_drift
 from hcompress_runtime.backends import FLAVORS
 from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
+from hcompress_runtime.conditions import example
 from hcompress_runtime.ort import PROVIDERS
 from hcompress_runtime.runtime import Runtime
 
@@ -54,7 +55,6 @@ def prove_all(
     adapter = load_model(name).adapter
     if weight_hash(adapter.network) != identity["weight_hash"]:
         raise BundleError(f"{name} has other weights than {path}; pass the model it was made from with --model")
-    labels = [index % adapter.num_classes for index in range(samples)]
     proofs = []
     for bundle in bundles:
         allowed = tolerance or TOLERANCE[bundle.manifest["dtype"]]
@@ -65,7 +65,8 @@ def prove_all(
                 proofs.append(Proof(bundle.path, backend, allowed, skipped=str(error)))
                 continue
             with runtime:
-                found = drifts(adapter, runtime, labels, _mask(bundle), seed=seed)
+                given = example(bundle.conditions, samples)
+                found = drifts(adapter, runtime, given, _mask(bundle), seed=seed)
             worst = float(np.max([drift.error for drift in found]))
             proofs.append(Proof(bundle.path, backend, allowed, worst, first_drift(found, allowed)))
     return proofs

@@ -18,13 +18,14 @@ from hcompress.metrics.fashion import fashion_metrics
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
 from hcompress.sampling import sample_seeded
 from hcompress.setting import Setting
+from hcompress_runtime.conditions import Given
 
 SSIM_WINDOW = 11
 
 
-def balanced_labels(setting: Setting, count: int) -> list[int]:
-    """`count` labels, round robin over the classes, so that every class is asked for equally often."""
-    return [index % setting.adapter.num_classes for index in range(count)]
+def balanced_labels(setting: Setting, count: int) -> Given:
+    """`count` labels, round robin over the classes, so that every class is asked for equally often; or prompts."""
+    return setting.adapter.even_conditions(count)
 
 
 def generate(
