@@ -87,8 +87,10 @@ def test_a_wrong_flag_exits_2():
 
 def test_ctrl_c_exits_130():
     a_slow_verb = """
-import sys, time
+import signal, sys, time
 from hcompress.cli.main import app, main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 
 @app.command()
 def wait():
