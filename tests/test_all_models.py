@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_pixart
+from conftest import make_flux, make_pixart, make_sd3
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,6 +48,21 @@ MODELS |= {
     "pixart without attention bias": lambda: make_pixart(attention_bias=False, norm_elementwise_affine=True),
 }
 BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "cross", "mlp"))
+JOINT, LAST, SINGLE = ("attn", "mlp", "context_mlp"), ("attn", "mlp"), ("single",)
+MODELS |= {
+    "sd3": make_sd3,
+    "sd3 one block": lambda: make_sd3(1),
+    "sd3.5 medium": lambda: make_sd3(3, qk_norm="rms_norm", dual_attention_layers=(0, 2), patch_size=4),
+    "flux dev": lambda: make_flux(guidance_embeds=True),
+    "flux schnell": lambda: make_flux(2, num_single_layers=1),
+}
+OF_BLOCKS = {name: [BRANCHES[name]] * len(MODELS[name]().network.transformer_blocks) for name in BRANCHES} | {
+    "sd3": [JOINT, LAST],
+    "sd3 one block": [LAST],
+    "sd3.5 medium": [("attn", "attn2", "mlp", "context_mlp"), JOINT, ("attn", "attn2", "mlp")],
+    "flux dev": [JOINT, SINGLE, SINGLE],
+    "flux schnell": [JOINT, JOINT, SINGLE],
+}
 DITS = [name for name in MODELS if name.startswith("dit")]
 
 

@@ -69,19 +69,39 @@ def count_by_latent(model: ir.Model) -> None:
 def keep_slots_flat(model: ir.Model) -> None:
     """Keep what a branch computed as its last linear layer leaves it, [rows tokens, width].
 
-    Before: `cache.<branch>` is a Reshape of what a Gemm gave. After: it is what the Gemm gave, and the Reshape is part
-    of its use. A Reshape costs nothing unless its result leaves the graph: then ONNX Runtime copies it.
+    Before: `cache.<branch>` is [rows, tokens, width]: a Reshape of what a Gemm gave or, in joint attention, a Concat of
+    two of these. After: it is what the Gemm gave, or the Concat laid flat, and a Reshape is part of its use. A Reshape
+    costs nothing unless its result leaves the graph: then ONNX Runtime copies it.
     """
     outputs = model.graph.outputs
     for index, value in enumerate([*outputs]):
         node = value.producer()
-        if value.name and value.name.startswith("cache.") and node and node.op_type == "Reshape":
-            flat, name = node.inputs[0], value.name
+        if value.name and value.name.startswith("cache.") and node and node.op_type in ("Reshape", "Concat"):
+            name = value.name
+            shaped = node if node.op_type == "Reshape" else _lay_flat(model.graph, node)
+            flat = shaped.inputs[0]
             if flat is None or value.shape is None:
                 raise AssertionError(f"{name} is reshaped from nothing, or has no shape")
             value.name, flat.name = f"{name}.shaped", name
-            flat.shape, flat.type = ir.Shape(["rows tokens", value.shape[-1]]), value.type
+            _, tokens, width = value.shape
+            flat.shape, flat.type = ir.Shape([f"rows x {tokens}", width]), value.type  # equal names are equal sizes
             outputs[index] = flat
+
+
+def _lay_flat(graph: ir.Graph, node: ir.Node) -> ir.Node:
+    """Put two Reshapes after `node`, to [rows tokens, width] and back; all uses get the second, which is returned."""
+    value = node.outputs[0]
+    nodes = []
+    for what, sizes in (("flat", [-1, *value.shape[2:]]), ("back", [-1, *value.shape[1:]])):
+        name = f"{value.name}.{what}.sizes"
+        graph.initializers[name] = ir.Value(name=name, const_value=ir.tensor(sizes, ir.DataType.INT64, name=name))
+        before = nodes[-1].outputs[0] if nodes else value
+        nodes.append(ir.Node("", "Reshape", [before, graph.initializers[name]]))
+        nodes[-1].outputs[0].name = f"{value.name}.{what}"
+    ir.convenience.replace_all_uses_with(value, nodes[1].outputs[0], replace_graph_outputs=True)
+    nodes[0].replace_input_with(0, value)
+    graph.insert_after(node, nodes)
+    return nodes[1]
 
 
 def name_weights_by_content(model: ir.Model) -> None:
