@@ -66,7 +66,7 @@ def make_pixart(
     shape = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 10}
     shape |= {"in_channels": channels, "out_channels": out_channels, "num_layers": num_layers, "sample_size": 8}
     network = PixArtTransformer2DModel(**shape | config)
-    _draw(network, seed)
+    _draw(network, seed, wide=0.3)
     return PixArt(network, make_prompts(3) if own else None, tokens=5)
 
 
@@ -98,13 +98,13 @@ def make_flux(num_layers: int = 1, *, own: bool = True, null: bool = True, seed:
     return Flux(network, prompts if own else None, tokens=5, side=8)
 
 
-def _draw(network: object, seed: int) -> None:
+def _draw(network: object, seed: int, wide: float = 0.2) -> None:
     """Weights that let every branch move the output; the last layer is small."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
-        std = 0.02 if name.startswith("proj_out") else 0.3
+        std = 0.02 if name.startswith("proj_out") else wide
         torch.nn.init.normal_(parameter, std=std, generator=generator)
 
 

@@ -66,7 +66,8 @@ def double_block(
 def double_block_branches(index: int, block: Any, image: int, text: int) -> Iterator[Branch]:
     """The branches of `double_block` in its order, for `image` and `text` tokens; counted as in hcompress.models.dit.
 
-    The last block of Stable Diffusion 3 needs the text only for its keys and values, yet diffusers makes queries of it.
+    The last block of Stable Diffusion 3 needs the text only for its keys and values, yet diffusers makes queries of it;
+    nothing but its attention needs the gate of the text's MLP in the block before.
     """
     width = block.norm1.linear.in_features
     part = num_params([block.norm1.linear]) * width // block.norm1.linear.out_features  # of adaLN: a shift, or a scale
@@ -76,7 +77,8 @@ def double_block_branches(index: int, block: Any, image: int, text: int) -> Iter
     text_macs = sum(map(linear_macs, of_text))
     macs = image * (linear_macs(block.attn) - text_macs) + text * text_macs + 2 * tokens * tokens * block.attn.inner_dim
     shape = (image if last else tokens, width)
-    yield Branch(f"{index}.attn", macs, shape, 4 * part + num_params([block.attn]))
+    parts = 4 + int(last and index > 0)
+    yield Branch(f"{index}.attn", macs, shape, parts * part + num_params([block.attn]))
     if getattr(block, "attn2", None) is not None:
         macs = image * linear_macs(block.attn2) + 2 * image * image * block.attn2.inner_dim
         yield Branch(f"{index}.attn2", macs, (image, width), 2 * part + num_params([block.attn2]))
