@@ -76,7 +76,12 @@ def make_sd3(num_layers: int = 2, *, channels: int = 2, own: bool = True, seed: 
 
     from hcompress.models.sd3 import SD3
 
-    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "caption_projection_dim": 24, "joint_attention_dim": 10}
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "caption_projection_dim": 24,
+        "joint_attention_dim": 10,
+    }
     shape |= {"pooled_projection_dim": 6, "in_channels": channels, "out_channels": channels, "num_layers": num_layers}
     shape |= {"sample_size": 8, "pos_embed_max_size": 6}
     network = SD3Transformer2DModel(**shape | config)

@@ -75,33 +75,39 @@ def keep_slots_flat(model: ir.Model) -> None:
     """
     outputs = model.graph.outputs
     for index, value in enumerate([*outputs]):
-        node = value.producer()
-        if value.name and value.name.startswith("cache.") and node and node.op_type in ("Reshape", "Concat"):
-            name = value.name
-            shaped = node if node.op_type == "Reshape" else _lay_flat(model.graph, node)
-            flat = shaped.inputs[0]
-            if flat is None or value.shape is None:
-                raise AssertionError(f"{name} is reshaped from nothing, or has no shape")
-            value.name, flat.name = f"{name}.shaped", name
-            _, tokens, width = value.shape
-            flat.shape, flat.type = ir.Shape([f"rows x {tokens}", width]), value.type  # equal names are equal sizes
-            outputs[index] = flat
+        node, name = value.producer(), str(value.name)
+        if not name.startswith("cache.") or node is None or node.op_type not in ("Reshape", "Concat"):
+            continue
+        _, tokens, width = value.shape or (None, None, None)
+        if not isinstance(tokens, int) or not isinstance(width, int):
+            raise AssertionError(f"{name} has no shape")
+        value.name = f"{name}.shaped"
+        if node.op_type == "Concat":
+            node = _lay_flat(model.graph, node, tokens, width)
+        flat = node.inputs[0]
+        if flat is None:
+            raise AssertionError(f"{name} is reshaped from nothing")
+        flat.name, flat.type = name, value.type
+        flat.shape = ir.Shape([f"rows x {tokens}", width])  # dimensions of one name have to be equal
+        outputs[index] = flat
 
 
-def _lay_flat(graph: ir.Graph, node: ir.Node) -> ir.Node:
-    """Put two Reshapes after `node`, to [rows tokens, width] and back; all uses get the second, which is returned."""
+def _lay_flat(graph: ir.Graph, node: ir.Node, tokens: int, width: int) -> ir.Node:
+    """Reshape what `node` gives to [rows tokens, width], and back for all its uses; returns the second Reshape."""
     value = node.outputs[0]
-    nodes = []
-    for what, sizes in (("flat", [-1, *value.shape[2:]]), ("back", [-1, *value.shape[1:]])):
-        name = f"{value.name}.{what}.sizes"
-        graph.initializers[name] = ir.Value(name=name, const_value=ir.tensor(sizes, ir.DataType.INT64, name=name))
-        before = nodes[-1].outputs[0] if nodes else value
-        nodes.append(ir.Node("", "Reshape", [before, graph.initializers[name]]))
-        nodes[-1].outputs[0].name = f"{value.name}.{what}"
-    ir.convenience.replace_all_uses_with(value, nodes[1].outputs[0], replace_graph_outputs=True)
-    nodes[0].replace_input_with(0, value)
-    graph.insert_after(node, nodes)
-    return nodes[1]
+    flat = ir.Node("", "Reshape", [value, _sizes(graph, f"{value.name}.flat", [-1, width])])
+    back = ir.Node("", "Reshape", [flat.outputs[0], _sizes(graph, f"{value.name}.back", [-1, tokens, width])])
+    back.outputs[0].name = f"{value.name}.again"
+    ir.convenience.replace_all_uses_with(value, back.outputs[0], replace_graph_outputs=True)
+    flat.replace_input_with(0, value)
+    graph.insert_after(node, [flat, back])
+    return back
+
+
+def _sizes(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:
+    """An initializer that says a shape."""
+    graph.initializers[name] = ir.Value(name=name, const_value=ir.tensor(sizes, ir.DataType.INT64, name=name))
+    return graph.initializers[name]
 
 
 def name_weights_by_content(model: ir.Model) -> None:

@@ -1,7 +1,7 @@
 """What samples are conditioned on: class labels, or prompts whose embeddings somebody has computed.
 
 A model describes each of its inputs of this kind by an `Input`. There is one for a class-conditional model, `labels`. A
-text-conditional model has several, and a prompts file (safetensors) holds tensors of their names, N prompts of L tokens:
+text-conditional one has several, and a prompts file (safetensors) holds tensors of their names, N prompts of L tokens:
 
     prompt_embeds         float32[N, L, D]       hidden states of the text encoder, padded to the model's L
     prompt_mask           bool[N, L]             true where a token is text, false where it is padding (PixArt)

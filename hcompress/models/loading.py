@@ -11,7 +11,7 @@ from typing import Any
 from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
 from hcompress.models import LEGACY, MODELS
-from hcompress.models.random import PREFIX, SCHEDULER, make_random
+from hcompress.models.random import PREFIX, make_random, random_scheduler
 
 ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -42,7 +42,7 @@ def load_model(name: str) -> Model:
     import torch
 
     if name.startswith(PREFIX):
-        return Model(name, make_random(name), dict(SCHEDULER), Path(os.devnull))
+        return Model(name, make_random(name), random_scheduler(name), Path(os.devnull))
     folder = _find(name)
     config = _read_json(folder / "transformer" / "config.json")
     family = config.get("_class_name")

@@ -41,9 +41,7 @@ class SD3(Adapter):
 
     network: SD3Transformer2DModel
 
-    def __init__(
-        self, network: SD3Transformer2DModel, prompts: Prompts | None = None, *, tokens: int = TOKENS
-    ) -> None:
+    def __init__(self, network: SD3Transformer2DModel, prompts: Prompts | None = None, *, tokens: int = TOKENS) -> None:
         super().__init__()
         config = network.config
         tokens = tokens_of(prompts, tokens)
