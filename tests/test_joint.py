@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import CALLS, Exported, export, make_flux, make_pooled_prompts, make_sd3, random_mask
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -22,7 +21,7 @@ from diffusers import (
 from safetensors.numpy import save_file
 from test_all_models import dense
 
-from hcompress.adapter import Adapter, compute_all
+from hcompress.adapter import Adapter, compute_all, config_hash
 from hcompress.cli.main import main
 from hcompress.errors import InputError, ModelError
 from hcompress.models.flux import Flux
@@ -198,10 +197,10 @@ def save(adapter: Adapter, folder: Path, prompts: dict[str, np.ndarray] | None, 
 
 def test_a_folder_of_flux_gives_the_model_its_resolution_and_its_solver(tmp_path: Path) -> None:
     save(make_flux(guidance_embeds=True), tmp_path, make_pooled_prompts(3) | {"guidance": np.array([2.0])}, **DEV_FLOW)
-    AutoencoderKL(sample_size=32, block_out_channels=(32, 32), down_block_types=["DownEncoderBlock2D"] * 2).save_config(
-        tmp_path / "vae"
-    )
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
     model = load_model(str(tmp_path))
+    assert config_hash(model.adapter.config()) != config_hash(make_flux(guidance_embeds=True).config())
     assert isinstance(model.adapter, Flux) and model.adapter.sample_shape == (2, 16, 16)
     assert (model.adapter.condition(model.adapter.even_conditions(4))["guidance"] == 2).all()
     assert model.scheduler_config["even_sigmas"] and not model.scheduler_config["use_dynamic_shifting"]

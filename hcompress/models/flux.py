@@ -38,7 +38,7 @@ from hcompress.models.parts import linear_macs, modulation, num_params
 from hcompress.models.prompts import PromptInputs, Prompts, tokens_of, with_prompts
 from hcompress_runtime.conditions import Given, Input
 
-TOKENS, GUIDANCE, SIDE = 512, 3.5, 128  # defaults of diffusers' pipeline; a side of the latent is an eighth of pixels
+TOKENS, GUIDANCE, SIDE = 512, 3.5, 128  # defaults of diffusers' pipeline: 1024 pixels, an eighth in the latent
 
 
 @final
@@ -84,8 +84,8 @@ class Flux(Adapter):
         self.rotary = _rotary(network, side // 2, tokens)
 
     def config(self) -> dict[str, Any]:
-        """The configuration that diffusers stores with the network."""
-        return dict(self.network.config)
+        """The configuration that diffusers stores with the network, and the resolution, which it does not."""
+        return {**self.network.config, "sample_size": self.sample_shape[1]}
 
     def scheduler_config(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """`stored` with what `FluxPipeline` asks of its scheduler: even sigmas, and a shift by the number of tokens."""
@@ -155,13 +155,11 @@ class Flux(Adapter):
 def load_flux(folder: Path, **source: Any) -> Flux:
     """The adapter of the network in `folder`, a pipeline's transformer, with the prompts that lie beside it.
 
-    Its latents are as large as those of the pictures that the VAE says it was made for.
+    Pictures of another size than 1024 pixels want a `sample_size` in config.json, an eighth of it, as other families
+    have one; diffusers ignores it, and says so.
     """
     network = FluxTransformer2DModel.from_pretrained(str(folder), **source)
-    vae, side = folder.parent / "vae" / "config.json", SIDE
-    if vae.is_file():
-        config = json.loads(vae.read_text())
-        side = int(config["sample_size"]) >> (len(config["block_out_channels"]) - 1)
+    side = int(json.loads((folder / "config.json").read_text()).get("sample_size", SIDE))
     return with_prompts(folder, lambda prompts: Flux(network, prompts, side=side))
 
 
