@@ -91,10 +91,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
         raise SolverError(f"there is no solver {name!r}; {hint}Choose from: {', '.join(SOLVERS)}")
     classes = {other: getattr(diffusers, class_name) for other, (class_name, _) in SOLVERS.items()}
     accepted = _accepted(classes[name])
-    kind = _kind(config)
-    if kind not in (None, _kind(accepted)):
-        fitting = ", ".join(other for other in SOLVERS if _kind(_accepted(classes[other])) == kind)
-        raise SolverError(f"{name!r} is for {_kind(accepted)} models, but this one is {kind}; choose from: {fitting}")
+    kind = kind_of(config)
+    if kind not in (None, kind_of(accepted)):
+        fitting = ", ".join(other for other in SOLVERS if kind_of(_accepted(classes[other])) == kind)
+        raise SolverError(f"{name!r} is for {kind_of(accepted)} models, but this one is {kind}; choose from: {fitting}")
     class_name, settings = SOLVERS[name]
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
         raise SolverError(f"{name!r} cannot follow this model's schedule: {class_name} has no rescale_betas_zero_snr")
@@ -187,7 +187,7 @@ def solver_identity(scheduler: Scheduler, steps: int) -> dict[str, str | int]:
     return {"class": name, "steps": steps, "config_hash": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _kind(keys: Collection[str]) -> str | None:
+def kind_of(keys: Collection[str]) -> str | None:
     """What a model was trained as, or a solver is made for, by the names of its settings; None if they do not tell."""
     return next((kind for key, kind in _KINDS.items() if key in keys), None)
 

@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.adapter import Condition, Route
-from hcompress.caching.harmonica.router import soft_route
+from hcompress.caching.problem import TINY
+from hcompress.caching.router import soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.sampling import Slots, fill_route
 from hcompress_runtime.table import SolverTable
-
-TINY = 1e-20  # least mean squared error by which anything is divided
 
 
 class Denoiser(Protocol):
