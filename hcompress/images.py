@@ -8,6 +8,7 @@ model's size (ADM's centre crop). A file that cannot be read is named, counted, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, final
 
@@ -46,29 +47,31 @@ class Source(Protocol):
 
 
 @final
-class Fashion:
-    """The training images of Fashion-MNIST, which zoo:fashion-dit was trained on."""
+@dataclass(frozen=True)
+class Arrays:
+    """Pictures float32[n, C, H, W] in [-1, 1] and their classes int64[n], in memory."""
 
-    def __init__(self) -> None:
-        self.pixels, self.labels = load_fashion("train")
+    pixels: NDArray[np.float32]
+    labels: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def picture(self, index: int) -> NDArray[np.float32]:
-        """float32[1, 28, 28]."""
+        """float32[C, H, W]."""
         return self.pixels[index]
 
     def name(self, index: int) -> str:
         """Its number."""
-        return f"training image {index}"
+        return f"image {index}"
 
     def label(self, index: int) -> int | None:
         """Its class."""
         return int(self.labels[index])
 
 
-ZOO_DATA: dict[str, Callable[[], Source]] = {"zoo:fashion-dit": Fashion}
+# What a zoo model was trained on.
+ZOO_DATA: dict[str, Callable[[], Source]] = {"zoo:fashion-dit": lambda: Arrays(*load_fashion("train"))}
 
 
 @final

@@ -85,7 +85,7 @@ class LearningToCache:
         student = run(x, constants=self.constants[call], route=soft_route(r.to(x.device), self.frozen, slots))
         mse = functional.mse_loss(student, teacher)
         self.needs[call] = self.router.update(call, mse, self.ranks)
-        return mse.item() + self.router.beta * float(r.sum()), mse.item()
+        return mse.item() + self.router.beta * float(r.detach().sum()), mse.item()
 
     def images_at(self, call: int, number: int) -> tuple[Tensor, Condition]:
         """This rank's images of iteration `number`, noised to `call`, and their conditions, some dropped."""

@@ -80,7 +80,7 @@ def uniform_mask(num_calls: int, num_branches: int, *, cur: float) -> NDArray[np
     each, more = divmod(_entries(num_calls, num_branches, cur), num_branches)
     turn = np.arange(num_branches) * (math.sqrt(5) - 1) / 2 % 1.0
     quota = np.full(num_branches, each)
-    quota[np.argsort(turn)[:more]] += 1
+    quota[:more] += 1
     due = np.floor(np.arange(num_calls)[:, None] * quota / (num_calls - 1) + turn + 1e-9)  # reused so far, [T, N]
     mask = np.ones((num_calls, num_branches), np.bool_)
     mask[1:] = np.diff(due, axis=0) == 0
