@@ -168,8 +168,9 @@ def test_learning_to_cache_steers_to_a_cur(adapter):
 def test_train_leaves_a_run_folder_that_all_else_can_open_and_forecasts_it(name, tiny_run, tmp_path):
     settings = {f"caching.{key}": value for key, value in USUAL[name].items() if key != "refresh"}
     if name == "learning-to-cache":
-        Image.new("L", (8, 8), 99).save(tmp_path / "gray.png")
-        settings["caching.images"] = str(tmp_path)
+        (tmp_path / "images").mkdir()
+        Image.new("L", (8, 8), 99).save(tmp_path / "images" / "gray.png")
+        settings["caching.images"] = str(tmp_path / "images")
     recipe = resolve(
         None, {"model": str(tiny_run.parent / "model"), "solver.steps": CALLS, "caching.method": name} | settings
     )

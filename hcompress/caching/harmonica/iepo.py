@@ -33,7 +33,7 @@ from hcompress_runtime.table import SolverTable
 class Denoiser(Protocol):
     """The guided network at one call."""
 
-    def __call__(self, call: int, x: Tensor, condition: Condition, route: Route) -> Tensor:
+    def __call__(self, call: int, x: Tensor, condition: Condition, route: Route, noises: list[Tensor]) -> Tensor:
         """Output [B, C, H, W]."""
 
 
@@ -55,7 +55,7 @@ def measure(
     def advance(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> list[Tensor]:
         x = table.combine(call, start, outputs, noises)
         route = soft_route(rows[call], keep[call], slots) if routed else fill_route(slots)
-        return [*outputs, denoise(call, x, condition, route)]
+        return [*outputs, denoise(call, x, condition, route, noises)]
 
     def finish(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> Tensor:
         for later in range(call, calls):

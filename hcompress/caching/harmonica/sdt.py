@@ -11,7 +11,7 @@ uninterrupted one would have drawn, and refreshing lambda cannot disturb the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -26,7 +26,7 @@ from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem, Progress
 from hcompress.caching.router import Router, soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.caching.steering import Steering
-from hcompress.sampling import constants_of, fill_route
+from hcompress.sampling import constants_of, fill_route, solver_output
 
 
 @final
@@ -81,24 +81,27 @@ class Training:
         """The T-1 iterations of one trajectory, one optimiser step each, yielding loss and mean squared error."""
         slots: dict[int, Tensor] = {}
         with torch.no_grad():
-            outputs = [self.denoise(0, start, condition, fill_route(slots))]
+            outputs = [self.denoise(0, start, condition, fill_route(slots), noises)]
         for call in range(1, self.table.num_calls):
             x = self.table.combine(call, start, outputs, noises)
             with self.teacher_mode():
-                target = self.denoise(call, x, condition, compute_all)
+                target = self.denoise(call, x, condition, compute_all, noises)
             r = torch.sigmoid(self.router.rows[call])
             scores = r.detach().numpy().astype(np.float64)
             keep = scores > self.settings.threshold
-            student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots))
+            student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots), noises)
             mse = functional.mse_loss(student, target)
             loss = float(self.router.lambdas[call]) * mse
             self.needs[call] = self.router.update(call, loss, self.ranks)
             outputs.append(student.detach())
             yield loss.item() + self.router.beta * float(scores.sum()), mse.item()
 
-    def denoise(self, call: int, x: Tensor, condition: Condition, route: Route) -> Tensor:
-        """Guided output [B, C, H, W] at `call`; a learned variance is no part of the trajectory and is left out."""
-        return self.adapter.guided(x, condition, self.constants[call], self.problem.cfg, route)[:, : self.channels]
+    def denoise(
+        self, call: int, x: Tensor, condition: Condition, route: Route, noises: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """What the solver goes by at `call`, [B, C, H, W]; a learned variance counts only where the solver uses it."""
+        raw = self.adapter.guided(x, condition, self.constants[call], self.problem.cfg, route)
+        return solver_output(raw, self.constants[call], self.table.noise_of(call, noises), self.channels)
 
     def refresh(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> None:
         """IEPO: measure lambda anew on this trajectory's own noise, averaged over ranks."""
