@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CFG, make_dit, make_table
+from conftest import CFG, LONG_SKIPS, make_method, make_problem, make_table
 from PIL import Image
-from pydantic import TypeAdapter
 
-from hcompress import process
-from hcompress.branches import BranchGraph
 from hcompress.caching import CACHING
-from hcompress.caching.problem import Problem
 from hcompress.caching.rules import FAR
-from hcompress.caching.settings import CachingSettings
-from hcompress.images import Arrays, ImageStream
 from hcompress.recipe import resolve
 from hcompress.report.forecast import forecast
 from hcompress.sampling import sample
@@ -27,8 +20,8 @@ from hcompress.schedule import Schedule
 from hcompress.setting import open_finished
 from hcompress.train import train
 
-CALLS, BLOCKS = 6, ("in.0", "in.1", "mid", "out.0", "out.1")
-ENTRIES = CALLS * 2 * len(BLOCKS)
+CALLS = 6
+ENTRIES = CALLS * 2 * len(LONG_SKIPS)
 QUICK = {"batch": 2, "lr": 0.2}
 
 # As each is usually asked for, and told to reuse nothing.
@@ -55,48 +48,20 @@ NOTHING = {
 TRAINS = ["harmonica", "learning-to-cache"]
 
 
-@pytest.fixture(scope="module")
-def adapter():
-    dit = make_dit(num_layers=len(BLOCKS), out_channels=4)  # with a learned variance
-    names = [f"{block}.{kind}" for block in BLOCKS for kind in ("attn", "mlp")]
-    renamed = [replace(branch, name=name) for branch, name in zip(dit.graph.branches, names, strict=True)]
-    dit.graph = BranchGraph(tuple(renamed), dit.graph.other_macs, dit.graph.other_params)
-    return dit
-
-
-def problem_of(adapter, solver="ddim", seed=3) -> Problem:
-    random = np.random.default_rng(0)
-    source = Arrays(random.standard_normal((11, *adapter.sample_shape), np.float32), random.integers(5, size=11))
-    table = make_table(solver, CALLS)[0]
-    return Problem(
-        adapter,
-        table,
-        CFG,
-        seed,
-        process=lambda: process.at({"beta_schedule": "linear"}, table.timesteps),
-        images=lambda folder: ImageStream(source, seed, None, adapter.device),
-    )
-
-
-def method_of(name, adapter, settings, **given):
-    checked = TypeAdapter(CachingSettings).validate_python({"method": name} | settings)
-    return CACHING[name](problem_of(adapter, **given), checked)
-
-
 def finish(method):
     return [progress.round for progress in method.run()], method.found()
 
 
 @pytest.mark.parametrize("name", CACHING)
-def test_the_mask_is_a_schedule_of_the_model_and_the_same_for_the_same_seed(name, adapter):
-    rounds, found = finish(method_of(name, adapter, USUAL[name]))
-    method = method_of(name, adapter, USUAL[name])
+def test_the_mask_is_a_schedule_of_the_model_and_the_same_for_the_same_seed(name, skipping_dit):
+    rounds, found = finish(make_method(name, skipping_dit, USUAL[name]))
+    method = make_method(name, skipping_dit, USUAL[name])
     assert rounds == [*range(1, len(rounds) + 1)] and len(rounds) >= method.rounds
-    assert found.compute.shape == (CALLS, len(adapter.graph)) and found.compute.dtype == np.bool_
+    assert found.compute.shape == (CALLS, len(skipping_dit.graph)) and found.compute.dtype == np.bool_
     assert found.compute[0].all()
-    identity = adapter.identity("tiny", make_table(calls=CALLS)[1], CFG)
-    schedule = Schedule(found.compute, adapter.graph.names, identity, dict(found.history), found.logits)
-    schedule.check_fits(adapter.graph, identity)
+    identity = skipping_dit.identity("tiny", make_table(calls=CALLS)[1], CFG)
+    schedule = Schedule(found.compute, skipping_dit.graph.names, identity, dict(found.history), found.logits)
+    schedule.check_fits(skipping_dit.graph, identity)
     again = finish(method)[1]
     assert (again.compute == found.compute).all() and again.history == found.history
     assert (again.logits is None) == (found.logits is None) == (name not in TRAINS)
@@ -104,25 +69,28 @@ def test_the_mask_is_a_schedule_of_the_model_and_the_same_for_the_same_seed(name
 
 
 @pytest.mark.parametrize("name", CACHING)
-def test_a_method_that_reuses_nothing_gives_the_dense_samples_to_the_bit(name, adapter):
-    compute = finish(method_of(name, adapter, NOTHING[name]))[1].compute
-    problem = problem_of(adapter)
+def test_a_method_that_reuses_nothing_gives_the_dense_samples_to_the_bit(name, skipping_dit):
+    compute = finish(make_method(name, skipping_dit, NOTHING[name]))[1].compute
+    problem = make_problem(skipping_dit)
     condition, start, noises = problem.draw(0, 2)
     dense, cached = (
-        sample(adapter, problem.table, condition, start, cfg=CFG, noises=noises, compute=mask)
+        sample(skipping_dit, problem.table, condition, start, cfg=CFG, noises=noises, compute=mask)
         for mask in (None, compute)
     )
     assert torch.equal(dense, cached)
 
 
 @pytest.mark.parametrize("name", CACHING)
-def test_every_method_works_under_a_stochastic_solver_with_a_memory(name, adapter):
-    assert finish(method_of(name, adapter, USUAL[name], solver="sa"))[1].compute.shape == (CALLS, len(adapter.graph))
+def test_every_method_works_under_a_stochastic_solver_with_a_memory(name, skipping_dit):
+    assert finish(make_method(name, skipping_dit, USUAL[name], solver="sa"))[1].compute.shape == (
+        CALLS,
+        len(skipping_dit.graph),
+    )
 
 
 @pytest.mark.parametrize("name", ["harmonica", "learning-to-cache", "smoothcache", "random"])
-def test_another_seed_gives_another_schedule(name, adapter):
-    alike = [finish(method_of(name, adapter, USUAL[name], seed=seed))[1] for seed in (3, 4)]
+def test_another_seed_gives_another_schedule(name, skipping_dit):
+    alike = [finish(make_method(name, skipping_dit, USUAL[name], seed=seed))[1] for seed in (3, 4)]
     assert any(
         str(one) != str(other)
         for one, other in zip(*[(f.compute.tolist(), f.records, f.logits) for f in alike], strict=True)
@@ -130,15 +98,15 @@ def test_another_seed_gives_another_schedule(name, adapter):
 
 
 @pytest.mark.parametrize("name", TRAINS)
-def test_a_restored_method_ends_where_an_uninterrupted_one_does(name, adapter):
-    whole = finish(method_of(name, adapter, USUAL[name]))[1]
-    first = method_of(name, adapter, USUAL[name])
+def test_a_restored_method_ends_where_an_uninterrupted_one_does(name, skipping_dit):
+    whole = finish(make_method(name, skipping_dit, USUAL[name]))[1]
+    first = make_method(name, skipping_dit, USUAL[name])
     walk = first.run()
     next(walk)
     file = io.BytesIO()
     torch.save(first.state(), file)
     file.seek(0)
-    second = method_of(name, adapter, USUAL[name])
+    second = make_method(name, skipping_dit, USUAL[name])
     second.restore(torch.load(file, weights_only=True))
     assert second.done == 1
     found = finish(second)[1]
@@ -151,15 +119,15 @@ DISTANCE = {"smoothcache": FAR, "interval": FAR, "random": 0.5 / ENTRIES, "unifo
 
 
 @pytest.mark.parametrize("name", DISTANCE)
-def test_a_target_is_met_to_the_stated_distance(name, adapter):
-    cur = 1 - finish(method_of(name, adapter, {"target_cur": 0.4}))[1].compute.mean()
+def test_a_target_is_met_to_the_stated_distance(name, skipping_dit):
+    cur = 1 - finish(make_method(name, skipping_dit, {"target_cur": 0.4}))[1].compute.mean()
     assert abs(cur - 0.4) <= DISTANCE[name]
 
 
-def test_learning_to_cache_steers_to_a_cur(adapter):
+def test_learning_to_cache_steers_to_a_cur(skipping_dit):
     """HarmoniCa's steering has tests of its own; two entries may stay behind, as they differ by decades."""
     settings = {"target_cur": 0.3, "sweeps": 40, "batch": 2, "lr": 0.4}
-    method = method_of("learning-to-cache", adapter, settings)
+    method = make_method("learning-to-cache", skipping_dit, settings)
     compute = finish(method)[1].compute
     assert abs(1 - compute.mean() - 0.3) <= 2.5 / ENTRIES
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_all_methods import CALLS, adapter, method_of  # noqa: F401 (a fixture)
+from conftest import make_method
 
 from hcompress.caching.problem import OneProcess
 
+CALLS = 6
 SETTINGS = {"beta": 0.3, "sweeps": 2, "batch": 3, "lr": 0.1}
 
 
 @pytest.fixture
-def method(adapter):  # noqa: F811
-    return method_of("learning-to-cache", adapter, SETTINGS)
+def method(skipping_dit):
+    return make_method("learning-to-cache", skipping_dit, SETTINGS)
 
 
 def test_every_other_row_learns_and_the_rest_computes_everything(method):
@@ -24,7 +25,7 @@ def test_every_other_row_learns_and_the_rest_computes_everything(method):
     moved = (method.router.logits() != before).any(axis=1)
     assert not moved[::2].any() and method.found().compute[::2].all()
     assert moved[1::2].any()
-    reckless = method_of("learning-to-cache", method.adapter, SETTINGS | {"beta": 1e9, "lr": 9.0, "sweeps": 6})
+    reckless = make_method("learning-to-cache", method.adapter, SETTINGS | {"beta": 1e9, "lr": 9.0, "sweeps": 6})
     for _ in reckless.run():
         pass
     assert 1 - reckless.found().compute.mean() == 0.5  # all that it may
@@ -32,7 +33,7 @@ def test_every_other_row_learns_and_the_rest_computes_everything(method):
 
 def test_an_iteration_is_the_papers(method):
     """Forward diffusion, a full call, one DDIM step, teacher and soft student, written out."""
-    adapter, number = method.adapter, 4  # noqa: F811
+    skipping_dit, number = method.adapter, 4
     full: dict[int, torch.Tensor] = {}
 
     def store(branch, evaluate):
@@ -43,13 +44,13 @@ def test_an_iteration_is_the_papers(method):
     x, condition = method.images_at(call - 1, number)
     level = method.process
     with torch.no_grad():
-        noise = adapter(x, condition, method.constants[call - 1], store)[:, :2]
+        noise = skipping_dit(x, condition, method.constants[call - 1], store)[:, :2]
         clean = (x - level.sigma[call - 1] * noise) / level.alpha[call - 1]
         x = (level.alpha[call] * clean + level.sigma[call] * noise).float()
-        target = adapter(x, condition, method.constants[call], lambda branch, evaluate: evaluate())
+        target = skipping_dit(x, condition, method.constants[call], lambda branch, evaluate: evaluate())
     theta = method.router.rows[call].detach().clone().requires_grad_()
     r = theta.sigmoid()
-    student = adapter(
+    student = skipping_dit(
         x, condition, method.constants[call], lambda n, evaluate: r[n] * evaluate() + (1 - r[n]) * full[n]
     )
     mse = (student - target).square().mean()
@@ -72,27 +73,27 @@ def test_the_network_sees_no_guidance_and_gives_its_variance(method):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_labels_are_those_of_the_images_but_for_the_dropped_ones(adapter, dropout):  # noqa: F811
-    method = method_of("learning-to-cache", adapter, SETTINGS | {"label_dropout": dropout, "batch": 200})
+def test_labels_are_those_of_the_images_but_for_the_dropped_ones(skipping_dit, dropout):
+    method = make_method("learning-to-cache", skipping_dit, SETTINGS | {"label_dropout": dropout, "batch": 200})
     labels = method.images_at(0, 0)[1]["labels"]
     asked = torch.tensor(method.images.batch(0, 200, flip=True)[1])
-    null = labels == adapter.num_classes
+    null = labels == skipping_dit.num_classes
     assert (labels[~null] == asked[~null]).all()
     assert abs(null.float().mean().item() - dropout) <= 0.15  # four standard deviations of 200 draws
 
 
-def test_images_without_classes_are_shown_as_none(adapter, monkeypatch):  # noqa: F811
-    method = method_of("learning-to-cache", adapter, SETTINGS)
+def test_images_without_classes_are_shown_as_none(skipping_dit, monkeypatch):
+    method = make_method("learning-to-cache", skipping_dit, SETTINGS)
     monkeypatch.setattr(type(method.images.source), "label", lambda source, index: None)
-    assert (method.images_at(0, 0)[1]["labels"] == adapter.num_classes).all()
+    assert (method.images_at(0, 0)[1]["labels"] == skipping_dit.num_classes).all()
 
 
-def test_two_ranks_see_the_images_of_one_with_both_batches(adapter):  # noqa: F811
-    one = method_of("learning-to-cache", adapter, SETTINGS | {"batch": 4})
+def test_two_ranks_see_the_images_of_one_with_both_batches(skipping_dit):
+    one = make_method("learning-to-cache", skipping_dit, SETTINGS | {"batch": 4})
     whole = one.images_at(2, 7)
     halves = []
     for rank in (0, 1):
-        half = method_of("learning-to-cache", adapter, SETTINGS | {"batch": 2})
+        half = make_method("learning-to-cache", skipping_dit, SETTINGS | {"batch": 2})
         half.ranks = OneProcess(rank, 2)
         halves.append(half.images_at(2, 7))
     assert torch.equal(whole[0], torch.cat([x for x, _ in halves]))

@@ -6,15 +6,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import CFG
+from conftest import CFG, make_method, make_problem
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
-from test_all_methods import CALLS, adapter, method_of, problem_of  # noqa: F401 (a fixture)
 
 from hcompress.caching.smoothcache import measure, scan, schedule
 from hcompress.errors import ScheduleError
 from hcompress.sampling import constants_of
+
+CALLS = 6
 
 
 def padded(values):
@@ -47,12 +48,12 @@ def test_equal_outputs_reuse_as_far_as_may_be_and_the_ends_compute():
     assert scan(padded(np.ones((3, 50))), 0.99).all()
 
 
-def test_the_errors_are_relative_changes_of_uncached_outputs(adapter):  # noqa: F811
-    problem = problem_of(adapter)
+def test_the_errors_are_relative_changes_of_uncached_outputs(skipping_dit):
+    problem = make_problem(skipping_dit)
     errors = measure(problem, lookahead=2, samples=2)
     condition, start, noises = problem.draw(1 << 32, 2)
     kept, outputs = [], []
-    for call, constants in enumerate(constants_of(adapter, problem.table)):
+    for call, constants in enumerate(constants_of(skipping_dit, problem.table)):
         seen = {}
 
         def store(branch, evaluate, seen=seen):
@@ -60,7 +61,7 @@ def test_the_errors_are_relative_changes_of_uncached_outputs(adapter):  # noqa: 
             return seen[branch]
 
         x = problem.table.combine(call, start, outputs, noises)
-        outputs.append(adapter.guided(x, condition, constants, CFG, store)[:, :2])
+        outputs.append(skipping_dit.guided(x, condition, constants, CFG, store)[:, :2])
         kept.append(seen)
     for kind, columns in {"attn": range(0, 10, 2), "mlp": range(1, 10, 2)}.items():
         for gap in (1, 2):
@@ -72,17 +73,17 @@ def test_the_errors_are_relative_changes_of_uncached_outputs(adapter):  # noqa: 
             assert np.isinf(errors[kind][gap - 1, CALLS - gap :]).all()
 
 
-def test_branches_of_a_kind_share_their_decision_and_a_larger_alpha_ends_in_more_reuse(adapter):  # noqa: F811
-    names, errors = adapter.graph.names, measure(problem_of(adapter), lookahead=3, samples=2)
+def test_branches_of_a_kind_share_their_decision_and_a_larger_alpha_ends_in_more_reuse(skipping_dit):
+    names, errors = skipping_dit.graph.names, measure(make_problem(skipping_dit), lookahead=3, samples=2)
     finite = np.concatenate([table[np.isfinite(table)] for table in errors.values()])
     masks = [schedule(errors, names, alpha) for alpha in (finite.min() / 2, np.median(finite), finite.max())]
     assert all((mask[:, kind::2] == mask[:, kind : kind + 1]).all() for mask in masks for kind in (0, 1))
     assert masks[0].all() and masks[0].mean() > masks[1].mean() > masks[2].mean()
 
 
-def test_a_target_by_macs_and_one_that_is_out_of_reach(adapter):  # noqa: F811
+def test_a_target_by_macs_and_one_that_is_out_of_reach(skipping_dit):
     asked = {"samples": 2, "target_speedup": 1.5}
-    mask = method_of("smoothcache", adapter, asked).found().compute
-    assert abs(1 / adapter.graph.mac_ratio(mask) - 1 / 1.5) <= 0.1
+    mask = make_method("smoothcache", skipping_dit, asked).found().compute
+    assert abs(1 / skipping_dit.graph.mac_ratio(mask) - 1 / 1.5) <= 0.1
     with pytest.raises(ScheduleError, match=r"no alpha saves 80 %: .* raise caching.lookahead = 1"):
-        method_of("smoothcache", adapter, {"samples": 2, "lookahead": 1, "target_cur": 0.8}).found()
+        make_method("smoothcache", skipping_dit, {"samples": 2, "lookahead": 1, "target_cur": 0.8}).found()

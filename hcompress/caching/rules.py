@@ -15,7 +15,7 @@ from hcompress.branches import BranchGraph
 from hcompress.caching.settings import Convention
 from hcompress.errors import ScheduleError
 
-FAR = 0.1  # of a wanted CUR: an interval further away is no answer
+FAR = 0.1  # of a wanted CUR: what comes no nearer is no answer
 
 
 def interval(

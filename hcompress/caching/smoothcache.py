@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem
+from hcompress.caching.rules import FAR
 from hcompress.caching.settings import SmoothCacheSettings
 from hcompress.errors import ScheduleError
 from hcompress.sampling import trajectory
-
-FAR = 0.1  # of a target, in CUR: a schedule further away is refused
 
 Errors = Mapping[str, NDArray[np.float64]]
 """Kind of branch -> float64[lookahead, T]: row g - 1 is e[g, k] at call k, inf where k + g is past the last call."""
