@@ -52,7 +52,7 @@ def reference(exported: Exported, **options: object) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def traced(tiny_dit: Adapter) -> ir.Model:
-    return trace(tiny_dit, CFG, table=make_table()[0])
+    return trace(tiny_dit, CFG)
 
 
 def test_the_bundle_gives_the_samples_of_the_reference_sampler(tiny_bundle: Exported) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import CALLS, CFG, Exported, export, make_dit, make_table, random_mask
+from conftest import CALLS, CFG, Exported, export, make_dit, random_mask
 from onnx.reference import ReferenceEvaluator
 from safetensors import safe_open
 
@@ -51,7 +51,7 @@ def adapter(half: str) -> Adapter:
 
 @pytest.fixture(scope="module")
 def traced(adapter: Adapter) -> ir.Model:
-    return trace(adapter, CFG, table=make_table()[0])
+    return trace(adapter, CFG)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,8 @@ def export_bundle(
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
     plan = freeze(adapter.graph, compute, widen=widen)
     with _replacing(Path(out)) as folder:
-        graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset, table=table), plan, layout)
+        traced = trace(adapter, cfg, opset=opset, learned_variance=table.learned is not None)
+        graphs, file_of = _write_graphs(folder, traced, plan, layout)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)

@@ -27,24 +27,27 @@ import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition
-from hcompress.sampling import constants_of, fill_route, solver_output
+from hcompress.sampling import fill_route, solver_output
 from hcompress_export.passes import count_by_latent, keep_slots_flat, name_batch, name_weights_by_content
 from hcompress_export.translate import TRANSLATIONS
 from hcompress_runtime.conditions import example
-from hcompress_runtime.table import SolverTable
 
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
 
 
-def trace(adapter: Adapter, cfg: float, *, table: SolverTable, opset: int = OPSET) -> ir.Model:
-    """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided` under `table`."""
+def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET, learned_variance: bool = False) -> ir.Model:
+    """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided`.
+
+    learned_variance: under a solver that scales its noise by the model's own guess
+    """
     device = adapter.device
     latent = torch.zeros(3, *adapter.sample_shape, device=device)  # 3: torch.export takes 0 and 1 for constants
     condition = dict(adapter.condition(example(adapter.conditions, len(latent))))
-    constants = {name: value.float() for name, value in constants_of(adapter, table)[0].items()}
+    constants = {name: value.float() for name, value in adapter.step_constants(torch.zeros(1, device=device)).items()}
     options = {} if cfg == 1.0 else {"cfg": torch.tensor(cfg, device=device)}
-    if table.learned is not None:
+    if learned_variance:
         options["noise"] = torch.zeros_like(latent)
+        constants |= {name: torch.zeros(1, device=device) for name in ("noise_gain", "noise_slope")}
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 20)}
     names = ["latent", *condition, *(f"step.{name}" for name in constants), *options]
     with quiet_exporter(), torch.no_grad():
