@@ -16,10 +16,13 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hcompress.caching.settings import HarmoniCaSettings
+from hcompress.caching.settings import CachingSettings, HarmoniCaSettings
 from hcompress.errors import RecipeError
+from hcompress.recipe_errors import one_line
 
-GOALS = ("caching.beta", "caching.target_cur", "caching.target_speedup")  # exactly one; a later layer's replaces it
+TARGETS = ("caching.target_cur", "caching.target_speedup")
+GOALS = ("caching.beta", "caching.alpha", "caching.every", "caching.keys", *TARGETS)  # one; a later layer's replaces it
+DEFAULT_METHOD = "harmonica"
 
 
 class SolverSettings(BaseModel):
@@ -39,7 +42,7 @@ class Recipe(BaseModel):
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
-    caching: HarmoniCaSettings
+    caching: CachingSettings
     seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
     @model_validator(mode="after")
@@ -47,13 +50,14 @@ class Recipe(BaseModel):
         steps, caching = self.solver.steps, self.caching
         if steps < 2:
             raise RecipeError(f"solver.steps = {steps}: one step has nothing to reuse; use 2 or more")
-        ceiling = (steps - 1) / steps
-        if caching.target_cur is not None and caching.target_cur > ceiling:
+        reusing, reason = caching.reusing_steps(steps)
+        wanted = getattr(caching, "target_cur", None)
+        if wanted is not None and wanted > reusing / steps:
             raise RecipeError(
-                f"caching.target_cur = {caching.target_cur} is out of reach: the first of {steps} steps always "
-                f"computes everything, so the ceiling is {steps - 1}/{steps} = {ceiling:.3f}"
+                f"caching.target_cur = {wanted} is out of reach: {reason}, "
+                f"so the ceiling is {reusing}/{steps} = {reusing / steps:.3f}"
             )
-        if "refresh" in caching.model_fields_set and caching.refresh % steps:
+        if isinstance(caching, HarmoniCaSettings) and "refresh" in caching.model_fields_set and caching.refresh % steps:
             nearest = _whole_trajectories(caching.refresh, steps)
             raise RecipeError(f"caching.refresh = {caching.refresh} is no multiple of {steps} steps; use {nearest}")
         return self
@@ -81,18 +85,26 @@ def find(name: str | Path) -> Path:
 def resolve(file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
     """The recipe in `file` under `flags` ({"solver.steps": 10}; None = not given) under `sets` ("solver.steps=10")."""
     given = {path: value for path, value in (flags or {}).items() if value is not None}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"caching.method": DEFAULT_METHOD}
     for layer in ({} if file is None else _flat(read(file)), given, dict(map(_assignment, sets))):
-        replaced = set() if layer.keys().isdisjoint(GOALS) else set(GOALS)
-        settings = {path: value for path, value in settings.items() if path not in replaced} | layer
+        settings = _over(settings, layer)
     try:
-        recipe = Recipe.model_validate({"caching": {}} | _nested(settings), strict=True)
+        recipe = Recipe.model_validate(_nested(settings), strict=True)
     except ValidationError as error:
-        raise RecipeError(_one_line(error)) from error
-    if "refresh" in recipe.caching.model_fields_set:
+        raise RecipeError(one_line(error, Recipe, settings["caching.method"])) from error
+    caching = recipe.caching
+    if not isinstance(caching, HarmoniCaSettings) or "refresh" in caching.model_fields_set:
         return recipe
-    refresh = _whole_trajectories(recipe.caching.refresh, recipe.solver.steps)
-    return recipe.model_copy(update={"caching": recipe.caching.model_copy(update={"refresh": refresh})})
+    refresh = _whole_trajectories(caching.refresh, recipe.solver.steps)
+    return recipe.model_copy(update={"caching": caching.model_copy(update={"refresh": refresh})})
+
+
+def _over(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """`layer` over `settings`: its goal replaces theirs, and another method all that was said but a target."""
+    dropped = set() if layer.keys().isdisjoint(GOALS) else set(GOALS)
+    if layer.get("caching.method", settings["caching.method"]) != settings["caching.method"]:
+        dropped |= {path for path in settings if path.startswith("caching.") and path not in TARGETS}
+    return {path: value for path, value in settings.items() if path not in dropped} | layer
 
 
 def read(file: Path) -> dict[Any, Any]:
@@ -180,50 +192,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict):
             inner[key] = value
     return nested
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted path of a recipe: "model", "solver", "solver.name", ..."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(f"{prefix}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _one_line(invalid: ValidationError) -> str:
-    """What is wrong with the first offending key, unknown keys first."""
-    errors = invalid.errors()
-    for error in errors:
-        if error["type"] == "extra_forbidden":
-            unknown = ".".join(map(str, error["loc"]))
-            return f"unknown key '{unknown}'; {_suggestion(unknown)}"
-    path, first = _known_path(errors[0]["loc"]), errors[0]
-    if first["type"] == "missing":
-        return f"{path} is not set; give {Recipe.model_fields[path].description}"
-    if first["type"] == "value_error":
-        return f"{path}: {first['msg'].removeprefix('Value error, ')}"
-    if first["type"] == "model_type":
-        return f"{path} = {first['input']!r} should be a section of settings such as `{path}: {{...}}`"
-    wanted = [error["msg"].removeprefix("Input should be ") for error in errors if _known_path(error["loc"]) == path]
-    return f"{path} = {first['input']!r} should be {', or '.join(wanted)}"
-
-
-def _known_path(location: Sequence[int | str]) -> str:
-    """The dotted path of an error, without the union members that pydantic appends."""
-    paths = [".".join(map(str, location[:end])) for end in range(1, len(location) + 1)]
-    return [path for path in paths if path in _keys(Recipe)][-1]
-
-
-def _suggestion(unknown: str) -> str:
-    """The same name elsewhere, else the nearest name of the section, else the nearest of all."""
-    section, _, name = unknown.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in _keys(Recipe) if key.rpartition(".")[0] == section}
-    anywhere = {key.rpartition(".")[2]: key for key in _keys(Recipe)}
-    if name in anywhere:
-        return f"did you mean '{anywhere[name]}'?"
-    for names in (siblings, anywhere):
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
-            return f"did you mean '{names[close[0]]}'?"
-    return f"known here: {', '.join(siblings)}"

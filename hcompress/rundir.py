@@ -5,6 +5,7 @@ RUN/env.json               versions and hardware at the start
 RUN/metrics.jsonl          one JSON object a line, in order
 RUN/checkpoint.pt          all that a resumed run needs, replaced atomically
 RUN/schedule.safetensors   the result
+RUN/heatmap.png            and a picture of it
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class RunDir:
     def schedule(self) -> Path:
         """The finished schedule."""
         return self.path / "schedule.safetensors"
+
+    @property
+    def heatmap(self) -> Path:
+        """A picture of it."""
+        return self.path / "heatmap.png"
 
     def log(self, record: dict[str, Any]) -> None:
         """Append `record` to the metrics; a kill afterwards does not lose it."""
