@@ -29,7 +29,7 @@ from hcompress_export.parity import parity
 from hcompress_export.passes import step_graph
 from hcompress_export.trace import trace
 from hcompress_runtime import Runtime
-from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.bundle import UPDATE, open_bundle
 
 # Of samples of the order of 1; float32 differs by some 1e-7 a call between libraries, guidance and 5 calls add up.
 CLOSE = 1e-5
@@ -178,6 +178,7 @@ def test_chained_step_graphs_equal_the_reference_for_random_masks(
     for index, pattern in enumerate(plan.patterns):
         ir.save(step_graph(traced, pattern), tmp_path / f"{index}.onnx")
     graphs = tuple(f"{plan.patterns.index(step.pattern)}.onnx" for step in plan.steps)
+    shutil.copy(tiny_bundle.path / UPDATE, tmp_path)
     bundle = replace(open_bundle(tiny_bundle.path), path=tmp_path, plan=plan, graphs=graphs)
     with Runtime(bundle, threads=1) as runtime:
         assert parity(tiny_dit, runtime, LABELS, mask, seed=seed).max() <= CLOSE

@@ -29,6 +29,7 @@ from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
 from hcompress_export.switch import switch_graph
 from hcompress_export.trace import OPSET, trace
+from hcompress_export.update import write_update
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
 from hcompress_runtime.conditions import Input
@@ -72,6 +73,7 @@ def export_bundle(
     plan = freeze(adapter.graph, compute, widen=widen)
     with _replacing(Path(out)) as folder:
         graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan, layout)
+        write_update(folder, adapter.sample_shape, table.num_calls, opset=opset)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
