@@ -1,10 +1,10 @@
 """Exports of published architectures at full size: peak memory, time, and bytes of the bundle against its weights.
 
-    python benchmarks/full_size.py                  # DiT-XL/2 and PixArt-XL/2, float16 and float32; half an hour
+    python benchmarks/full_size.py                  # DiT-XL/2 and PixArt-XL/2, float16 and float32; ten minutes
 
-T = 20, random masks of CUR 37.5 %, so 20 distinct graphs; `per-mask` layout; random weights, so nothing is compared with
-PyTorch. Each export is a process of its own, whose peak memory (resident, all pages) the kernel reports when it ends. Bundles
-are deleted once they are measured. Results are written after each export; what is in them already is not done again.
+T = 20, random masks of CUR 37.5 %, so 20 distinct graphs; `per-mask` layout; random weights, so nothing is compared
+with PyTorch. Each export is a process of its own, whose peak memory (resident, all pages) the kernel reports when it
+ends. A bundle is deleted once it is measured. Results are written after each export; what is in them is not done again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MODELS = ["DiT-XL-2-256", "DiT-XL-2-512", "PixArt-XL-2-256", "PixArt-XL-2-512", 
 DTYPES = ["float16", "float32"]
 SCHEDULE, STEPS, CFG = "random:0.375", 20, 1.5
 LIMITS = {"peak_memory_bytes": 12e9, "seconds": 15 * 60, "ratio": 1.02, "graph_bytes": 1e6}
-HEAD = "| model | weights (MB) | graphs | largest graph (MB) | the rest (MB) | rest / weights | peak memory (GB) | time (s) |"
+COLUMNS = ["model", "weights (MB)", "graphs", "largest (MB)", "the rest (MB)", "rest / weights", "peak memory (GB)"]
+COLUMNS += ["time (s)"]
 
 
 def export(model: str, dtype: str, out: Path) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def measure(model: str, dtype: str, folder: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         cells = [f"{row['model']} {row['dtype']}", f"{row['weight_bytes'] / 1e6:.1f}", str(row["graphs"])]
         cells += [f"{row['graph_bytes'] / 1e6:.2f}", f"{row['rest_bytes'] / 1e6:.1f}", f"{row['ratio']:.4f}"]

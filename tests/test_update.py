@@ -1,4 +1,4 @@
-"""The solver's update as a graph: the numbers of the table on the host, and latents that stay where the network runs."""
+"""The solver's update as a graph: the numbers of the table on the host; and what is captured, as far as a CPU can say."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_the_graph_gives_what_the_table_gives_for_all_solvers(name: str, tmp_pat
 
 @settings(max_examples=10, deadline=None)
 @given(calls=st.integers(1, 7), noises=st.integers(0, 3), seed=st.integers(0, 1000))
-def test_and_for_any_table_there_is(tmp_path_factory: pytest.TempPathFactory, calls: int, noises: int, seed: int) -> None:
+def test_and_for_any_table_there_is(
+    tmp_path_factory: pytest.TempPathFactory, calls: int, noises: int, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     outputs = np.tril(random.standard_normal((calls + 1, calls)), -1)
     start, drawn = random.standard_normal(calls + 1), random.standard_normal((calls + 1, noises))

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import nn
 
+import hcompress
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError, DiskError
 from hcompress.sampling import constants_of
@@ -38,7 +39,7 @@ from hcompress_runtime.plan import Pattern, Plan
 from hcompress_runtime.table import SolverTable
 
 SCHEDULE = "schedule.safetensors"
-TOOLS = ("hcompress", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
+TOOLS = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 
 
 def export_bundle(
@@ -53,6 +54,7 @@ def export_bundle(
     widen: bool = False,
     decoder: nn.Module | None = None,
     opset: int = OPSET,
+    traced: ir.Model | None = None,
     inspect: Callable[[Path], object] = lambda folder: None,
 ) -> Bundle:
     """Freeze and write `adapter` under `table` at guidance `cfg`; without a `schedule`, the dense model.
@@ -63,6 +65,7 @@ def export_bundle(
     layout:  one of hcompress_runtime.bundle.LAYOUTS, see export/FORMAT.md; without slots nothing is switched
     widen:   one graph for each distinct mask, see hcompress_export.freeze
     decoder: from latents to pictures, see hcompress.models.decoder
+    traced:  what `trace` gives for this adapter, `cfg` and `opset`, for whoever exports it more than once
 
     Raises ScheduleError for a schedule of another model or solver, BundleError where `out` is something other than a
     bundle, DiskError where the disk refuses.
@@ -72,7 +75,7 @@ def export_bundle(
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
     plan = freeze(adapter.graph, compute, widen=widen)
     with _replacing(Path(out)) as folder:
-        graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan, layout)
+        graphs, file_of = _write_graphs(folder, traced or trace(adapter, cfg, opset=opset), plan, layout)
         write_update(folder, adapter.sample_shape, table.num_calls, opset=opset)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
@@ -92,7 +95,7 @@ def export_bundle(
             "guidance": _guidance(adapter, cfg),
             "conditions": {name: _described(one) for name, one in adapter.conditions.items()},
             "opset": opset,
-            "tools": {tool: version(tool) for tool in TOOLS},
+            "tools": {"hcompress": hcompress.__version__} | {tool: _version(tool) for tool in TOOLS},
             "branches": frozen["branches"],
             "slots": frozen["slots"],
             "steps": [
@@ -160,6 +163,14 @@ def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
     defaults = {name: one.default for name, one in adapter.conditions.items() if one.default is not None}
     rows_of = {f"condition.{name}": default[None].astype(np.float32) for name, default in defaults.items()}
     return steps | rows_of | {f"table.{name}": value for name, value in asdict(table).items()}
+
+
+def _version(tool: str) -> str | None:
+    """None for what is not installed, but lies somewhere on the path."""
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return None
 
 
 def _readable(value: Any, depth: int = 0) -> str:

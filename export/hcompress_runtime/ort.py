@@ -10,9 +10,9 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
   fill memory; without it, sessions share the file's pages. The `switch` layout has but one session and copy; in
   `per-mask` weights are inputs, which nothing packs and all sessions share.
 
-With `capture`, CUDA replays each call as a graph (the provider's `enable_cuda_graph`). A recording holds for the addresses
-it was made with, so outputs are written where the last of their name was: `cache_out.<slot>` has one place in all
-sessions, which no step both reads and writes, `ahead_next` has two in turn. What slots take is then all of them, not the
+With `capture`, CUDA replays each call as a graph (the provider's `enable_cuda_graph`). A recording holds for the
+addresses it was made with, so outputs are written where the last of their name was: `cache_out.<slot>` has one place in
+all sessions, which no step both reads and writes; `ahead_next` has two in turn. Slots then take the room of all, not the
 plan's peak. A recording is made when the same addresses have come together twice. Nobody has run this on a GPU yet.
 """
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from hcompress_runtime.bundle import WEIGHTS, Bundle
 from hcompress_runtime.engine import Engine, Value
-from hcompress_runtime.errors import BundleError, InputError, missing
+from hcompress_runtime.errors import BundleError, EngineError, InputError, missing
 from hcompress_runtime.weights import find, map_weights, widen
 
 SLOT, WEIGHT = "cache_in.", "w."
@@ -113,7 +113,8 @@ class OnnxRuntime(Engine):
     weights:  what to bind where weights are inputs; one for all sessions
     places:   where outputs go if runs are to be captured; one for all sessions
 
-    Entering raises MissingExtra where onnxruntime or the provider is absent, BundleError for a graph that it rejects.
+    Entering raises MissingExtra where onnxruntime or the provider is absent, BundleError for a graph that it rejects,
+    EngineError for a precision that the provider does not compute in.
     """
 
     def __init__(
@@ -214,7 +215,9 @@ def open_session(
     without: Sequence[str] = (),
     capture: int | None = None,
 ) -> Any:
-    """A session of `graph` without the optimizers called `without`. Raises MissingExtra, BundleError.
+    """A session of `graph` without the optimizers called `without`.
+
+    Raises MissingExtra, BundleError, and EngineError for a precision that the provider has no kernels for.
 
     capture: fix the batch to so many samples, and on CUDA let runs be recorded
     """
@@ -240,6 +243,11 @@ def open_session(
         return ort.InferenceSession(str(graph), options, [name], settings, disabled_optimizers=[*without])
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
         reason = " ".join(str(error).split())
+        if "NOT_IMPLEMENTED" in reason:
+            raise EngineError(
+                f"onnxruntime {ort.__version__} has no {provider} kernel for what {graph} holds ({reason})",
+                "bfloat16 takes a GPU: export it with --dtype float16, or with --no-prove to run it elsewhere",
+            ) from error
         raise BundleError(f"onnxruntime cannot load {graph} ({reason}); export it again") from error
 
 

@@ -8,8 +8,8 @@ A bundle is several engines that run in turn on one stream, and they share whate
 - weights: where they are inputs (`w.*`, the `per-mask` layout), each is on the GPU once and every engine is given its
   address. Rows of a tensor, `w.<hash>[a:b]`, lie inside it, unless their address is not a multiple of 256 bytes.
 - scratch memory: contexts are USER_MANAGED and take turns with one block, as large as the largest of them needs.
-- values: blocks that one engine writes and others read, slots and latents alike, never copied. A block is used anew once
-  nothing refers to it, so what slots take is the plan's peak. The host only waits for what it asks for, which in a
+- values: blocks that one engine writes and others read, slots and latents alike, never copied. A block is used anew
+  once nothing refers to it, so what slots take is the plan's peak. The host only waits for what it asks for, which in a
   generation is the finished samples.
 
 With `capture`, a run is recorded as a CUDA graph when the same addresses have come together twice, and replayed from
@@ -45,8 +45,9 @@ def engines_of(bundle: Bundle, flavor: str = "auto", *, capture: int | None = No
 
     capture: run exactly so many samples at once, as CUDA graphs where the library allows it
 
-    Raises InputError for a `capture` that the engines are not built for, MissingExtra and EngineError for what this machine lacks, BundleError with the build command for engines that
-    are not there, or are broken, or of another version or GPU.
+    Raises InputError for a `capture` that the engines are not built for, MissingExtra and EngineError for what this
+    machine lacks, BundleError with the build command for engines that are not there, or are broken, or of another version
+    or GPU.
     """
     chosen = choose_flavor(flavor)
     target = Target(chosen.name, load(chosen).__version__, require_gpu(chosen).sm)
