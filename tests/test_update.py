@@ -1,4 +1,4 @@
-"""The solver's update as a graph: the numbers of the table on the host; and what is captured, as far as a CPU can say."""
+"""The solver's update as a graph: the numbers of the table on the host; and capture, as far as a CPU can say."""
 
 from __future__ import annotations
 

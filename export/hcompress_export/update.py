@@ -29,10 +29,10 @@ def write_update(folder: Path, sample_shape: tuple[int, ...], calls: int, *, ops
         <ir_version: 10, opset_import: ["": {opset}]>
         update (float[batch, {calls}, {sample}] ahead, float[{calls}] share, float[batch, {sample}] model_output)
             => (float[batch, {sample}] latent, float[batch, {calls}, {sample}] ahead_next)
-        <int64[1] calls = {{1}}, int64[4] others = {{0, 2, 3, 4}}, int64 first = {{0}}, int64[{calls}] moved = {{{moved}}}>
+        <int64[1] time = {{1}}, int64[4] rest = {{0, 2, 3, 4}}, int64 first = {{0}}, int64[{calls}] moved = {{{moved}}}>
         {{
-            output = Unsqueeze(model_output, calls)
-            weight = Unsqueeze(share, others)
+            output = Unsqueeze(model_output, time)
+            weight = Unsqueeze(share, rest)
             added = Mul(output, weight)
             sum = Add(ahead, added)
             latent = Gather <axis = 1> (sum, first)

@@ -12,7 +12,7 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
 
 With `capture`, CUDA replays each call as a graph (the provider's `enable_cuda_graph`). A recording holds for the
 addresses it was made with, so outputs are written where the last of their name was: `cache_out.<slot>` has one place in
-all sessions, which no step both reads and writes; `ahead_next` has two in turn. Slots then take the room of all, not the
+all sessions, which no step both reads and writes; `ahead_next` has two in turn. Slots then take room for all, not the
 plan's peak. A recording is made when the same addresses have come together twice. Nobody has run this on a GPU yet.
 """
 

@@ -45,9 +45,8 @@ def engines_of(bundle: Bundle, flavor: str = "auto", *, capture: int | None = No
 
     capture: run exactly so many samples at once, as CUDA graphs where the library allows it
 
-    Raises InputError for a `capture` that the engines are not built for, MissingExtra and EngineError for what this
-    machine lacks, BundleError with the build command for engines that are not there, or are broken, or of another version
-    or GPU.
+    Raises InputError for a `capture` that engines are not built for, MissingExtra and EngineError for what this machine
+    lacks, BundleError with the build command for engines that are not there, or are broken, or of another version or GPU.
     """
     chosen = choose_flavor(flavor)
     target = Target(chosen.name, load(chosen).__version__, require_gpu(chosen).sm)
