@@ -1,10 +1,10 @@
 """TensorRT-RTX engines built ahead of time, without a GPU: sizes and build times.
 
-    python benchmarks/engines.py                    # zoo:fashion-dit and random:DiT-XL-2-256, T = 20; about five minutes
+    python benchmarks/engines.py                    # zoo:fashion-dit and random:DiT-XL-2-256; about five minutes
 
-T = 20, random masks of CUR 37.5 %, so 20 distinct graphs of each model, and the solver's update; `per-mask` layout, so an
-engine holds kernels and no weights. Each engine is parsed and built in a process of its own; what is in --work is not
-built again. Nothing here runs one: that takes a GPU.
+T = 20, random masks of CUR 37.5 %, so 20 distinct graphs of each model, and the solver's update; `per-mask` layout, so
+an engine holds kernels and no weights. Each engine is parsed and built in a process of its own; what is in --work is
+not built again. Nothing here runs one: that takes a GPU.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def main() -> None:
             raise SystemExit(f"error: {error}") from error
         result = {"date": str(date.today()), "environment": environment(), "limits": LIMITS, "rows": [*rows.values()]}
         file.write_text(json.dumps(result, indent=1) + "\n")
-        (args.results / "full_size.md").write_text(table([*rows.values()]))
+    (args.results / "full_size.md").write_text(table([*rows.values()]))
     print(table([*rows.values()]))
     over = [
         f"{model} {dtype}: {key} {row[key]:g} is over {limit:g}"

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import hcompress
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError, DiskError, ScheduleError
 from hcompress.sampling import hard_route, sample_seeded
-from hcompress_export.bundle import export_bundle
+from hcompress_export.bundle import _version, export_bundle
 from hcompress_export.freeze import freeze
 from hcompress_export.narrow import parse_rows
 from hcompress_export.parity import parity
@@ -199,6 +200,20 @@ def test_equal_input_gives_equal_bytes(tiny_bundle: Exported, tmp_path: Path) ->
                 np.testing.assert_allclose(values, others[name], rtol=1e-5, atol=1e-6)
         elif file.name != "manifest.json":  # which holds the hash of those
             assert pair[0].read_bytes() == pair[1].read_bytes(), file
+
+
+def test_a_trace_that_is_there_already_gives_the_same_bundle(
+    tiny_bundle: Exported, traced: ir.Model, tmp_path: Path
+) -> None:
+    for name in ("once", "twice"):  # and is not used up
+        re_export(tiny_bundle, tmp_path / name, schedule=tiny_bundle.schedule, traced=traced)
+        assert open_bundle(tmp_path / name).graphs == open_bundle(tiny_bundle.path).graphs  # named by their content
+
+
+def test_a_bundle_names_the_versions_that_wrote_it(tiny_bundle: Exported) -> None:
+    tools = open_bundle(tiny_bundle.path).manifest["tools"]
+    assert tools["hcompress"] == hcompress.__version__ and tools["torch"] == torch.__version__
+    assert _version("no-such-package") is None  # a checkout on the path, say
 
 
 def test_a_schedule_of_another_model_is_refused(tiny_bundle: Exported, tmp_path: Path) -> None:

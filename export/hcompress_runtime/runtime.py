@@ -3,7 +3,8 @@
     runtime = Runtime("bundle")
     images = runtime.generate([0, 1, 2], seed=0)     # float32[3, C, H, W], about [-1, 1]
 
-The numbers are those of `hcompress.sampling`: the same noise streams, the same solver table, the same slots.
+The numbers are those of `hcompress.sampling`: the same noise streams, the same solver table, the same slots. Between the
+calls everything stays where the network runs, latents too: the solver's update is a graph like the others.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Runtime:
     bundle:   a folder, or a Bundle that is already open
     provider: "cpu" or "cuda", of ONNX Runtime; "trt" or "rtx", engines of TensorRT or TensorRT-RTX
     threads:  of one operator; None leaves it to the backend
-    capture:  run exactly so many samples at once, each call as a CUDA graph; the first two generations prepare that
     prepack:  trade memory for speed, see hcompress_runtime.ort; None decides by the size of the weights
+    capture:  run exactly so many samples at once, on a GPU each call as a CUDA graph once it has been run twice
 
+    `put` and `to_numpy` are the backend's, see Engine; `batches` are the least and most samples it takes at once.
     Every distinct graph is loaded here, once, so that the first sample takes no longer than the others and a graph
     that cannot run is found out now. Raises BundleError, MissingExtra, EngineError.
     """
@@ -55,19 +57,20 @@ class Runtime:
         self._provider, self._threads = "cuda" if provider in FLAVORS else provider, threads  # of the decoder
         self.peak_cache_bytes = 0
         """The most bytes that slots have held at once so far, measured."""
-        self._stack = ExitStack()
         if provider in FLAVORS:
             opened = engines_of(self.bundle, provider, capture=capture)
         else:
             opened = sessions_of(self.bundle, provider, threads, prepack, capture)
-        self.engines: Mapping[str, Engine] = self._stack.enter_context(opened)
-        self._update = self.engines[UPDATE]
-        self.put, self.to_numpy = self._update.put, self._update.to_numpy
-        self.batches = self._update.batches
-        self._constants = [self._of_call(call) for call in range(self.bundle.table.num_calls)]
         self._given: dict[str, Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._decoder: Any = None
+        with ExitStack() as stack:
+            self.engines: Mapping[str, Engine] = stack.enter_context(opened)
+            self._update = self.engines[UPDATE]
+            self.put, self.to_numpy = self._update.put, self._update.to_numpy
+            self.batches = self._update.batches
+            self._constants = [self._of_call(call) for call in range(self.bundle.table.num_calls)]
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self

@@ -46,7 +46,7 @@ def engines_of(bundle: Bundle, flavor: str = "auto", *, capture: int | None = No
     capture: run exactly so many samples at once, as CUDA graphs where the library allows it
 
     Raises InputError for a `capture` that engines are not built for, MissingExtra and EngineError for what this machine
-    lacks, BundleError with the build command for engines that are not there, or are broken, or of another version or GPU.
+    lacks, BundleError with the build command for engines that are absent, broken, or of another version or GPU.
     """
     chosen = choose_flavor(flavor)
     target = Target(chosen.name, load(chosen).__version__, require_gpu(chosen).sm)
