@@ -9,11 +9,10 @@ Legend: B samples, T model calls, N branches.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,8 @@ from hcompress.solver import make_scheduler, probe, solver_identity
 from hcompress_runtime.table import SolverTable
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from hcompress_runtime.bundle import Bundle
 
 CURS, CFG, SEED, FEW = (0.375, 0.5), 1.5, 0, 2  # 37.5 %: the CUR of HarmoniCa's poster
@@ -89,13 +90,18 @@ class Case:
         """Of the network, each tensor once."""
         return sum(tensor.nbytes for tensor in (*self.adapter.parameters(), *self.adapter.buffers()))
 
+    @cached_property
+    def traced(self) -> ir.Model:
+        """The network as ONNX: nine tenths of an export, and the same for all bundles."""
+        from hcompress_export.trace import trace
+
+        return trace(self.adapter, CFG)
+
     def bundle(self, variant: Variant, layout: str) -> Bundle:
         """The bundle of `variant`, exported unless it is there."""
+        from hcompress_export.bundle import export_bundle  # needs what may not be installed
         from hcompress_runtime.bundle import open_bundle
 
-        exporter: Any = importlib.import_module("hcompress_export.bundle")  # needs what may not be installed
-        if not hasattr(exporter.trace, "cache_info"):
-            exporter.trace = cache(exporter.trace)  # nine tenths of an export, and the same for all bundles of a model
         path = self.folder / f"{layout}-{re.sub('[^0-9a-z]+', '-', variant.name.lower())}"
         if path.exists():
             return open_bundle(path)
@@ -103,10 +109,8 @@ class Case:
         names, schedule = self.adapter.graph.names, None
         if not variant.is_dense:
             schedule = Schedule(variant.compute, names, self.identity, {"name": "rule", "rule": variant.name})
-        exported: Bundle = exporter.export_bundle(
-            self.adapter, self.table, self.identity, path, cfg=CFG, schedule=schedule, layout=layout, widen=True
-        )
-        return exported
+        options: dict[str, Any] = {"schedule": schedule, "layout": layout, "widen": True, "traced": self.traced}
+        return export_bundle(self.adapter, self.table, self.identity, path, cfg=CFG, **options)
 
 
 def open_case(folder: Path, say: Callable[[str], object], *, tiny: bool) -> Case:

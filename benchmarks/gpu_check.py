@@ -33,7 +33,6 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,21 +176,6 @@ def _time(case: Case, runs: Mapping[str, Run], rows: Mapping[str, Row]) -> None:
             row.efficiency = row.speedup / row.mac_ratio
 
 
-def _name_checkout(folder: Path) -> None:
-    """Let importlib.metadata find hcompress where it is not installed: a bundle notes the versions of its tools."""
-    import hcompress
-
-    try:
-        version("hcompress")
-    except PackageNotFoundError:
-        described = folder / f"hcompress-{hcompress.__version__}.dist-info"
-        described.mkdir()
-        (described / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: hcompress\nVersion: {hcompress.__version__}\n"
-        )
-        sys.path.append(str(folder))
-
-
 def _require(tiny: bool) -> None:
     absent = [module for module in REQUIRED if not find_spec(module)]
     if absent:
@@ -212,10 +196,9 @@ def main() -> int:
     args = parser.parse_args()
     begin = time.monotonic()
     _require(args.tiny)
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
-        _name_checkout(Path(scratch))
-        with redirect_stdout(sys.stderr):  # where libraries print that they fall back to something
-            found = run_all(Path(scratch), args.results, begin, args.minutes, tiny=args.tiny)
+    # Libraries print that they fall back to something.
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch, redirect_stdout(sys.stderr):
+        found = run_all(Path(scratch), args.results, begin, args.minutes, tiny=args.tiny)
     print(markdown(found))
     return 0 if found["ok"] else 1
 

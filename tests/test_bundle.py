@@ -57,6 +57,14 @@ def flip(bundle: Path) -> None:
     weights.write_bytes(content)
 
 
+def swap_weights(bundle: Path) -> None:
+    """Those of another bundle of the same architecture, so the file is as long."""
+    weights = bundle / "graphs" / "weights.safetensors"
+    content, data = weights.read_bytes(), 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    values = np.frombuffer(content[data:], np.float32)
+    weights.write_bytes(content[:data] + np.random.default_rng(0).permutation(values).tobytes())
+
+
 def lose_a_graph(bundle: Path) -> None:
     next(bundle.glob("graphs/*.onnx")).unlink()
 
@@ -85,6 +93,7 @@ def name_an_absolute_path(bundle: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, r"weights\.safetensors has \d+ bytes instead of \d+"),
     "tampered": (flip, r"weights\.safetensors was changed"),
+    "weights of another bundle": (swap_weights, r"weights\.safetensors was changed: SHA-256 .* instead of"),
     "graph missing": (lose_a_graph, r"\.onnx is missing"),
     "graph garbled": (garble_a_graph, r"onnxruntime cannot load .*\.onnx"),
     "path outside": (leave_the_bundle, r"lists '\.\./secret', which is outside the bundle"),
@@ -98,6 +107,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another format": (
         lambda b: edit(b, lambda m: m.update(format="hcompress-bundle-99")),
         r"has format 'hcompress-bundle-99', this version reads 'hcompress-bundle-1'",
+    ),
+    "no update": (lambda b: (b / "update.onnx").unlink(), r"update\.onnx is missing"),
+    "made before there was an update": (
+        lambda b: edit(b, lambda m: m["files"].pop("update.onnx")),
+        r"uses 'update\.onnx' without listing it; export or copy it again",
     ),
     "no plan": (lambda b: edit(b, lambda m: m.pop("slots")), r"manifest\.json lacks 'slots'"),
     "slot read before it is written": (

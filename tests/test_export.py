@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import hcompress
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError, DiskError, ScheduleError
 from hcompress.sampling import hard_route, sample_seeded
-from hcompress_export.bundle import export_bundle
+from hcompress_export.bundle import _version, export_bundle
 from hcompress_export.freeze import freeze
 from hcompress_export.narrow import parse_rows
 from hcompress_export.parity import parity
 from hcompress_export.passes import step_graph
 from hcompress_export.trace import trace
 from hcompress_runtime import Runtime
-from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.bundle import UPDATE, open_bundle
 
 # Of samples of the order of 1; float32 differs by some 1e-7 a call between libraries, guidance and 5 calls add up.
 CLOSE = 1e-5
@@ -178,6 +179,7 @@ def test_chained_step_graphs_equal_the_reference_for_random_masks(
     for index, pattern in enumerate(plan.patterns):
         ir.save(step_graph(traced, pattern), tmp_path / f"{index}.onnx")
     graphs = tuple(f"{plan.patterns.index(step.pattern)}.onnx" for step in plan.steps)
+    shutil.copy(tiny_bundle.path / UPDATE, tmp_path)
     bundle = replace(open_bundle(tiny_bundle.path), path=tmp_path, plan=plan, graphs=graphs)
     with Runtime(bundle, threads=1) as runtime:
         assert parity(tiny_dit, runtime, LABELS, mask, seed=seed).max() <= CLOSE
@@ -198,6 +200,20 @@ def test_equal_input_gives_equal_bytes(tiny_bundle: Exported, tmp_path: Path) ->
                 np.testing.assert_allclose(values, others[name], rtol=1e-5, atol=1e-6)
         elif file.name != "manifest.json":  # which holds the hash of those
             assert pair[0].read_bytes() == pair[1].read_bytes(), file
+
+
+def test_a_trace_that_is_there_already_gives_the_same_bundle(
+    tiny_bundle: Exported, traced: ir.Model, tmp_path: Path
+) -> None:
+    for name in ("once", "twice"):  # and is not used up
+        re_export(tiny_bundle, tmp_path / name, schedule=tiny_bundle.schedule, traced=traced)
+        assert open_bundle(tmp_path / name).graphs == open_bundle(tiny_bundle.path).graphs  # named by their content
+
+
+def test_a_bundle_names_the_versions_that_wrote_it(tiny_bundle: Exported) -> None:
+    tools = open_bundle(tiny_bundle.path).manifest["tools"]
+    assert tools["hcompress"] == hcompress.__version__ and tools["torch"] == torch.__version__
+    assert _version("no-such-package") is None  # a checkout on the path, say
 
 
 def test_a_schedule_of_another_model_is_refused(tiny_bundle: Exported, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hcompress_export.freeze import freeze
 
 ROOT = Path(__file__).parents[1]
 CUDA_ONLY = {"PyTorch, CUDA graphs", "TensorRT", "TensorRT, CUDA graphs", "torch.compile, CUDA graphs"}
+CUDA_ONLY |= {"ONNX Runtime, CUDA graphs"}
 VARIANTS = ["dense", "CUR 37.5 %", "CUR 50 %"]
 
 

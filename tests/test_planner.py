@@ -165,10 +165,10 @@ def pair(weight_bytes: int) -> tuple[BranchGraph, np.ndarray]:
         ("rtx", SMALL, "embedded"),
         ("ort-cuda", LARGE, "per-mask"),
         ("ort-cuda", SMALL, "per-mask"),
-        ("ort-cpu", LARGE, "switch"),
+        ("ort-cpu", LARGE, "per-mask"),
         ("ort-cpu", SMALL, "embedded"),
         ("ort-cpu", 511 * MIB, "embedded"),
-        ("ort-cpu", 513 * MIB, "switch"),
+        ("ort-cpu", 513 * MIB, "per-mask"),
     ],
 )
 def test_the_choice_and_its_reason(backend: str, weight_bytes: int, layout: str) -> None:

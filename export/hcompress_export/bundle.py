@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import nn
 
+import hcompress
 from hcompress.adapter import Adapter
 from hcompress.errors import BundleError, DiskError
 from hcompress.sampling import constants_of
@@ -29,6 +30,7 @@ from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
 from hcompress_export.switch import switch_graph
 from hcompress_export.trace import OPSET, trace
+from hcompress_export.update import write_update
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
 from hcompress_runtime.conditions import Input
@@ -37,7 +39,7 @@ from hcompress_runtime.plan import Pattern, Plan
 from hcompress_runtime.table import SolverTable
 
 SCHEDULE = "schedule.safetensors"
-TOOLS = ("hcompress", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
+TOOLS = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 
 
 def export_bundle(
@@ -52,6 +54,7 @@ def export_bundle(
     widen: bool = False,
     decoder: nn.Module | None = None,
     opset: int = OPSET,
+    traced: ir.Model | None = None,
     inspect: Callable[[Path], object] = lambda folder: None,
 ) -> Bundle:
     """Freeze and write `adapter` under `table` at guidance `cfg`; without a `schedule`, the dense model.
@@ -62,6 +65,7 @@ def export_bundle(
     layout:  one of hcompress_runtime.bundle.LAYOUTS, see export/FORMAT.md; without slots nothing is switched
     widen:   one graph for each distinct mask, see hcompress_export.freeze
     decoder: from latents to pictures, see hcompress.models.decoder
+    traced:  what `trace` gives for this adapter, `cfg` and `opset`, for whoever exports it more than once
 
     Raises ScheduleError for a schedule of another model or solver, BundleError where `out` is something other than a
     bundle, DiskError where the disk refuses.
@@ -71,8 +75,10 @@ def export_bundle(
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
     plan = freeze(adapter.graph, compute, widen=widen)
     with _replacing(Path(out)) as folder:
-        traced = trace(adapter, cfg, opset=opset, learned_variance=table.learned is not None)
+        if traced is None:
+            traced = trace(adapter, cfg, opset=opset, learned_variance=table.learned is not None)
         graphs, file_of = _write_graphs(folder, traced, plan, layout)
+        write_update(folder, adapter.sample_shape, table.num_calls, opset=opset)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
@@ -91,7 +97,7 @@ def export_bundle(
             "guidance": _guidance(adapter, cfg),
             "conditions": {name: _described(one) for name, one in adapter.conditions.items()},
             "opset": opset,
-            "tools": {tool: version(tool) for tool in TOOLS},
+            "tools": {"hcompress": hcompress.__version__} | {tool: _version(tool) for tool in TOOLS},
             "branches": frozen["branches"],
             "slots": frozen["slots"],
             "steps": [
@@ -160,6 +166,14 @@ def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
     rows_of = {f"condition.{name}": default[None].astype(np.float32) for name, default in defaults.items()}
     tables = {f"table.{name}": value for name, value in asdict(table).items() if value is not None}
     return steps | rows_of | tables
+
+
+def _version(tool: str) -> str | None:
+    """None for what is not installed, but lies somewhere on the path."""
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return None
 
 
 def _readable(value: Any, depth: int = 0) -> str:

@@ -20,7 +20,7 @@ from hcompress.adapter import Adapter
 from hcompress.errors import BundleError
 from hcompress.sampling import solver_noises, start_noise, trajectory
 from hcompress_runtime.conditions import Given, complete, example, take
-from hcompress_runtime.engine import SlotValue
+from hcompress_runtime.engine import Value
 from hcompress_runtime.files import write_atomically
 from hcompress_runtime.images import png
 from hcompress_runtime.runtime import Runtime
@@ -64,17 +64,20 @@ def drifts(
     runtime.generate(rows, seed, batch=count, on_step=lambda call, x: chained.append(x))
     start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, table, seed, streams)
     condition, outputs = adapter.condition(rows), list[torch.Tensor]()
-    held: dict[str, SlotValue] = {}
+    held: dict[str, Value] = {}
+    given = {name: runtime.put(array) for name, array in rows.items()}
     found = []
     calls = trajectory(adapter, table, condition, start, cfg=runtime.bundle.cfg, compute=compute, noises=noises)
     for call, (x, output, slots) in enumerate(calls):
         outputs.append(output)
-        got, written = runtime.step(call, _array(x), rows, held, [*map(_array, noises)])
+        noise = table.noise_input(call, [*map(_array, noises)], tuple(x.shape))
+        now = given | {name: runtime.put(array) for name, array in noise.items()}
+        got, written = runtime.step(call, runtime.put(_array(x)), now, held)
         want = {name: slots[index] for index, name in enumerate(adapter.graph.names) if name in written}
-        to_numpy = runtime.engines[runtime.bundle.graphs[call]].to_numpy
+        arrays = {f"cache_out.{name}": (runtime.to_numpy(value), want[name]) for name, value in written.items()}
+        arrays |= {"model_output": (runtime.to_numpy(got), output)}
         found.append(Drift(call, "latent", _relative(chained[call], x)))
-        found += [Drift(call, f"cache_out.{name}", _relative(to_numpy(written[name]), want[name])) for name in written]
-        found.append(Drift(call, "model_output", _relative(got, output)))
+        found += [Drift(call, name, _relative(array, reference)) for name, (array, reference) in arrays.items()]
     finished = table.combine(table.num_calls, start, outputs, noises)
     return [*found, Drift(table.num_calls, "sample", _relative(chained[-1], finished))]
 

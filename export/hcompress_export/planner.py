@@ -150,7 +150,11 @@ def _fastest(estimates: Mapping[str, Estimate], backend: str, engines: bool) -> 
     if backend == "ort-cpu" and copies <= PREPACK_LIMIT_BYTES:
         return "embedded", f"all {count} graphs together hold only {_size(copies)} of weights, packed for each"
     if backend == "ort-cpu":
-        return "switch", f"one session packs {_size(once)} of weights once, where {count} would hold {_size(copies)}"
+        # Within 5 % as fast as `switch` and as packed copies, at 1.09 to 1.16 times the memory of one graph; `switch`
+        # takes 1.26 to 1.40 (benchmarks/results/layouts.md: 131 M parameters, 512 rows). Packing pays where products
+        # have few rows (export.md §9: 1.4x at 64), which no model of that size has.
+        shared, copied = _size(once), _size(copies)
+        return "per-mask", f"{shared} of weights serve all {count} graphs, as fast as {copied} of packed copies would"
     return "per-mask", f"{_size(once)} of weights serve every graph, where a copy inside each makes {_size(copies)}"
 
 

@@ -23,6 +23,7 @@ FORMAT = "hcompress-bundle-1"
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
 WEIGHTS = "graphs/weights.safetensors"  # beside the graphs: ONNX external data may not lie outside the graph's folder
+UPDATE = "update.onnx"  # what follows each call
 DECODER = "decoder/decoder.onnx"  # of latent models; absent in pixel space
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of what a network may compute in
 LAYOUTS = ("embedded", "per-mask", "switch")
@@ -74,6 +75,11 @@ class Bundle:
     def has_decoder(self) -> bool:
         """Whether samples are latents and the bundle can make pictures of them."""
         return DECODER in self.manifest["files"]
+
+    @property
+    def all_graphs(self) -> tuple[str, ...]:
+        """Every graph file that a generation needs, once: those of the calls, and the solver's update."""
+        return (*dict.fromkeys(self.graphs), UPDATE)
 
     def peak_cache_bytes(self, batch: int) -> int:
         """The most bytes that cache slots hold at once while `batch` samples are generated."""
@@ -197,7 +203,7 @@ def _check_fits(bundle: Bundle) -> None:
     for name, rows in bundle.constants.items():
         if len(rows) != calls:
             raise BundleError(f"{bundle.path / CONSTANTS}: {name} has {len(rows)} rows for {calls} calls; {AGAIN}")
-    for file in {*bundle.graphs, CONSTANTS, WEIGHTS} - bundle.manifest["files"].keys():
+    for file in {*bundle.all_graphs, CONSTANTS, WEIGHTS} - bundle.manifest["files"].keys():
         raise BundleError(f"{bundle.path / MANIFEST} uses {file!r} without listing it; {AGAIN}")
     dtype = bundle.manifest.get("dtype")
     if dtype not in [*ITEM_BYTES]:  # a list compares with anything

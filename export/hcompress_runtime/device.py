@@ -8,6 +8,7 @@ It follows CUDA's documented calls, and runs in tests against a machine without 
 
 from __future__ import annotations
 
+import heapq
 import importlib
 from collections.abc import Callable
 from typing import Any, Self, final
@@ -31,7 +32,7 @@ class Block:
         self.address, self.nbytes, self._free = address, nbytes, free
 
     def __del__(self) -> None:
-        self._free.setdefault(self.nbytes, []).append(self.address)
+        heapq.heappush(self._free.setdefault(self.nbytes, []), self.address)
 
 
 @final
@@ -70,11 +71,14 @@ class Device:
         return int(self.stream)
 
     def allocate(self, nbytes: int) -> Block:
-        """Memory that holds anything; freed memory of the same size first. Raises EngineError where none is left."""
+        """Memory that holds anything; freed memory of the same size first. Raises EngineError where none is left.
+
+        The lowest address of what is free: a schedule that begins with the same blocks free meets the same addresses
+        again, in whatever order they were freed before. That is what captured work is found by.
+        """
         nbytes = max(nbytes, 1)
-        if not (addresses := self.free.get(nbytes)):
-            addresses = [self._new(nbytes)]
-        return Block(addresses.pop(), nbytes, self.free)
+        address = heapq.heappop(addresses) if (addresses := self.free.get(nbytes)) else self._new(nbytes)
+        return Block(address, nbytes, self.free)
 
     def upload(self, array: NDArray[Any]) -> Block:
         """A copy of `array`, which must be contiguous."""

@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Engines:
-    """Verified engines of a bundle: for each distinct graph file its engine file, all for the same `batch`."""
+    """Verified engines of a bundle: for each graph file its engine file, all for the same `batch`."""
 
     target: Target
     batch: Batch
@@ -83,13 +83,13 @@ def build_engines(
     for target in targets:
         if chosen.name == "rtx":
             check_target(library, target.sm)
-    graphs = [*dict.fromkeys(bundle.graphs)]
     for nth, target in enumerate(targets):
-        for index, graph in enumerate(graphs):
-            done, total = nth * len(graphs) + index, len(targets) * len(graphs)
+        for index, graph in enumerate(bundle.all_graphs):
+            done, total = nth * len(bundle.all_graphs) + index, len(targets) * len(bundle.all_graphs)
             progress(done, total, f"{Path(graph).stem} for sm_{target.sm}")
             _build_one(bundle, target, graph, batch, partial(progress, done, total))
-    progress(len(targets) * len(graphs), len(targets) * len(graphs), "done")
+    total = len(targets) * len(bundle.all_graphs)
+    progress(total, total, "done")
     return [find_engines(bundle, target) for target in targets]
 
 
@@ -105,7 +105,7 @@ def find_engines(bundle: Bundle, target: Target) -> Engines:
     if record["bundle"] != _hash(bundle.path / MANIFEST):
         raise BundleError(f"the engines in {folder} are of another bundle; {again}")
     files, seconds = {}, {}
-    for graph in dict.fromkeys(bundle.graphs):
+    for graph in bundle.all_graphs:
         files[graph] = file = engine_file(folder, graph)
         if trouble := _trouble(file, record["engines"].get(file.name)):
             raise BundleError(f"{file} {trouble}; {again}")

@@ -9,6 +9,11 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
   worth 3 % (8 samples) to 10 % (one sample) on this model and more on others, so it stays on until the copies would
   fill memory; without it, sessions share the file's pages. The `switch` layout has but one session and copy; in
   `per-mask` weights are inputs, which nothing packs and all sessions share.
+
+With `capture`, CUDA replays each call as a graph (the provider's `enable_cuda_graph`). A recording holds for the
+addresses it was made with, so outputs are written where the last of their name was: `cache_out.<slot>` has one place in
+all sessions, which no step both reads and writes; `ahead_next` has two in turn. Slots then take room for all, not the
+plan's peak. A recording is made when the same addresses have come together twice. Nobody has run this on a GPU yet.
 """
 
 from __future__ import annotations
@@ -23,33 +28,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcompress_runtime.bundle import WEIGHTS, Bundle
-from hcompress_runtime.engine import Engine, SlotValue
-from hcompress_runtime.errors import BundleError, InputError, missing
-from hcompress_runtime.weights import find, map_weights
+from hcompress_runtime.engine import Engine, Value
+from hcompress_runtime.errors import BundleError, EngineError, InputError, missing
+from hcompress_runtime.weights import find, map_weights, widen
 
-READ, WRITTEN, WEIGHT = "cache_in.", "cache_out.", "w."
-ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+SLOT, WEIGHT = "cache_in.", "w."
+BFLOAT16 = 16  # in ONNX; NumPy has no such type
+ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": BFLOAT16}
 PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "gpu")}
 
 
 @contextmanager
 def sessions_of(
-    bundle: Bundle, provider: str = "cpu", threads: int | None = None, prepack: bool | None = None
+    bundle: Bundle,
+    provider: str = "cpu",
+    threads: int | None = None,
+    prepack: bool | None = None,
+    capture: int | None = None,
 ) -> Iterator[dict[str, Engine]]:
-    """Graph file -> its session, loaded, for every distinct graph of `bundle`; freed with the context.
+    """Graph file -> its session, loaded, for all graphs of `bundle`; freed with the context.
 
-    prepack: None re-packs weights as long as that makes one copy of them, or few bytes. Raises as OnnxRuntime does.
+    prepack: None re-packs weights as long as that makes one copy of them, or few bytes
+    capture: run exactly so many samples at once, on CUDA as CUDA graphs
+
+    Raises as OnnxRuntime does, BundleError for a `switch` bundle to capture.
     """
+    if capture and bundle.layout == "switch":
+        raise BundleError(f"{bundle.path} has layout 'switch', which cannot be captured; export it with per-mask")
     if prepack is None:
         prepack = len(bundle.weight_bytes) == 1 or sum(bundle.weight_bytes.values()) <= PREPACK_LIMIT_BYTES
     weights = SharedWeights(bundle.path / WEIGHTS, provider) if bundle.layout == "per-mask" else None
+    places = Places(capture) if capture else None
     with ExitStack() as stack:
         yield {
-            graph: stack.enter_context(
-                OnnxRuntime(bundle.path / graph, provider=provider, threads=threads, prepack=prepack, weights=weights)
-            )
-            for graph in dict.fromkeys(bundle.graphs)
+            graph: stack.enter_context(OnnxRuntime(bundle.path / graph, provider, threads, prepack, weights, places))
+            for graph in bundle.all_graphs
         }
 
 
@@ -66,8 +80,26 @@ class SharedWeights:
         from onnxruntime import OrtValue
 
         if name not in self.values:
-            self.values[name] = OrtValue.ortvalue_from_numpy(find(self.arrays, name), self.provider)
+            array = find(self.arrays, name)
+            if array.dtype != np.uint16:
+                self.values[name] = OrtValue.ortvalue_from_numpy(array, self.provider)
+            else:
+                self.values[name] = value = OrtValue.ortvalue_from_shape_and_type(array.shape, BFLOAT16, self.provider)
+                value.update_inplace(OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16))
         return self.values[name]
+
+
+@final
+class Places:
+    """Where sessions that are captured for `samples` write: values that outlast a run, by the name of the output."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.values: dict[str, list[Value]] = {}
+
+    def find(self, name: str, taken: set[int]) -> Value | None:
+        """A place for the output `name` that is not among the addresses `taken`; None where there is none yet."""
+        return next((value for value in self.values.get(name, ()) if value.data_ptr() not in taken), None)
 
 
 @final
@@ -79,71 +111,116 @@ class OnnxRuntime(Engine):
     threads:  of one operator; None leaves it to ONNX Runtime (all physical cores)
     prepack:  re-pack the weights, see above
     weights:  what to bind where weights are inputs; one for all sessions
+    places:   where outputs go if runs are to be captured; one for all sessions
 
-    Entering raises MissingExtra where onnxruntime or the provider is absent, BundleError for a graph that it rejects.
+    Entering raises MissingExtra where onnxruntime or the provider is absent, BundleError for a graph that it rejects,
+    EngineError for a precision that the provider does not compute in.
     """
 
     def __init__(
         self,
         graph: Path,
-        *,
         provider: str = "cpu",
         threads: int | None = None,
         prepack: bool = True,
         weights: SharedWeights | None = None,
+        places: Places | None = None,
     ) -> None:
         if provider not in PROVIDERS:
             raise InputError(f"there is no provider {provider!r}; choose from: {', '.join(PROVIDERS)}, trt, rtx")
         self.graph, self.provider, self.threads, self.prepack = graph, provider, threads, prepack
-        self.weights = weights
+        self.weights, self.places = weights, places
+        if places:
+            self.batches = (places.samples, places.samples)
 
     def __enter__(self) -> Self:
         # A blocked layout pays for stacks of convolutions; here it reorders around the one that makes patches.
-        without = ["NchwcTransformer"]
-        self.session = open_session(self.graph, self.provider, self.threads, prepack=self.prepack, without=without)
+        without, samples = ["NchwcTransformer"], self.places and self.places.samples
+        self.session = open_session(
+            self.graph, self.provider, self.threads, prepack=self.prepack, without=without, capture=samples
+        )
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.bound = {name: self.weights[name] for name in inputs if self.weights and name.startswith(WEIGHT)}
-        self.reads = {name.removeprefix(READ): _empty(value) for name, value in inputs.items() if name.startswith(READ)}
-        self.feeds = [name for name in inputs if not name.startswith(READ) and name not in self.bound]
+        self.slots = {name: _empty(value) for name, value in inputs.items() if name.startswith(SLOT)}
+        self.feeds = [name for name in inputs if name not in self.slots.keys() | self.bound.keys()]
         self.outputs = [value.name for value in self.session.get_outputs()]
-        self.writes = [name.removeprefix(WRITTEN) for name in self.outputs[1:]]
+        self.recordings: dict[tuple[int, ...], int] = {}
         return self
 
     def __exit__(self, *exception: object) -> None:
         del self.session
 
-    def infer(
-        self, feeds: Mapping[str, NDArray[Any]], slots: Mapping[str, SlotValue]
-    ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
-        """See Engine. Caches stay on the device, handed on uncopied; a slot that holds nothing is bound empty."""
+    def infer(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        """See Engine. Everything stays on the device; a slot that holds nothing is bound empty."""
         binding = self.session.io_binding()
-        for name in self.feeds:
-            binding.bind_cpu_input(name, feeds[name])
-        for name, value in self.bound.items():
+        given = {name: inputs[name] for name in self.feeds}
+        given |= {name: inputs.get(name, nothing) for name, nothing in self.slots.items()}
+        for name, value in (given | self.bound).items():
             binding.bind_ortvalue_input(name, value)
-        for slot, nothing in self.reads.items():
-            binding.bind_ortvalue_input(READ + slot, slots.get(slot, nothing))
-        for name in self.outputs:
-            binding.bind_output(name, "cpu" if name == "model_output" else self.provider)
-        self.session.run_with_iobinding(binding)
-        output, *written = binding.get_outputs()
-        return output.numpy(), dict(zip(self.writes, written, strict=True))
+        if not self.places:
+            for name in self.outputs:
+                binding.bind_output(name, self.provider)
+            self.session.run_with_iobinding(binding)
+            return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        addresses = [value.data_ptr() for value in given.values()]
+        places = {name: self.places.find(name, {*addresses}) for name in self.outputs}
+        for name, place in places.items():
+            if place is None:
+                binding.bind_output(name, self.provider)
+            else:
+                binding.bind_ortvalue_output(name, place)
+        known = None not in places.values()
+        key = (*addresses, *(place.data_ptr() for place in places.values() if place is not None))
+        self.session.run_with_iobinding(binding, _numbered(self.recordings.get(key, -1) if known else -1))
+        results = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        if known:
+            self.recordings.setdefault(key, len(self.recordings))
+        for name in (name for name, place in places.items() if place is None):
+            self.places.values.setdefault(name, []).append(results[name])
+        return results
+
+    def put(self, array: NDArray[Any], into: Value | None = None) -> Value:
+        """See Engine. On a CPU the value is the array itself."""
+        from onnxruntime import OrtValue
+
+        array = np.asarray(array, order="C")
+        if into is None:
+            return OrtValue.ortvalue_from_numpy(array, self.provider)
+        into.update_inplace(array)
+        return into
 
     @staticmethod
-    def nbytes(value: SlotValue) -> int:
+    def nbytes(value: Value) -> int:
         """See Engine."""
         return int(value.tensor_size_in_bytes())
 
     @staticmethod
-    def to_numpy(value: SlotValue) -> NDArray[Any]:
-        """See Engine."""
-        return np.array(value.numpy())
+    def to_numpy(value: Value) -> NDArray[Any]:
+        """See Engine; bfloat16 as float32."""
+        from onnxruntime import OrtValue
+
+        if value.element_type() != BFLOAT16:
+            return np.array(value.numpy())
+        bits = np.empty(value.shape(), np.uint16)
+        OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16).update_inplace(value)
+        return widen(bits)
 
 
 def open_session(
-    graph: Path, provider: str, threads: int | None, *, prepack: bool = True, without: Sequence[str] = ()
+    graph: Path,
+    provider: str,
+    threads: int | None,
+    *,
+    prepack: bool = True,
+    without: Sequence[str] = (),
+    capture: int | None = None,
 ) -> Any:
-    """A session of `graph` without the optimizers called `without`. Raises MissingExtra, BundleError."""
+    """A session of `graph` without the optimizers called `without`.
+
+    Raises MissingExtra, BundleError, and EngineError for a precision that the provider has no kernels for.
+
+    capture: fix the batch to so many samples, and on CUDA let runs be recorded
+    """
     name, extra = PROVIDERS[provider]
     try:
         import onnxruntime as ort
@@ -159,10 +236,18 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # keeps operands close: 2 to 5 % faster
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    if capture:
+        options.add_free_dimension_override_by_name("batch", capture)  # shapes become constants, none left to a CPU
+    settings = [{"enable_cuda_graph": str(int(bool(capture)))}] if provider == "cuda" else [{}]
     try:
-        return ort.InferenceSession(str(graph), options, providers=[name], disabled_optimizers=[*without])
+        return ort.InferenceSession(str(graph), options, [name], settings, disabled_optimizers=[*without])
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
         reason = " ".join(str(error).split())
+        if "NOT_IMPLEMENTED" in reason:
+            raise EngineError(
+                f"onnxruntime {ort.__version__} has no {provider} kernel for what {graph} holds ({reason})",
+                "bfloat16 takes a GPU: export it with --dtype float16, or with --no-prove to run it elsewhere",
+            ) from error
         raise BundleError(f"onnxruntime cannot load {graph} ({reason}); export it again") from error
 
 
@@ -171,7 +256,16 @@ def _empty(slot: Any) -> Any:
     from onnxruntime import OrtValue
 
     shape = [size if isinstance(size, int) else 0 for size in slot.shape]
-    return OrtValue.ortvalue_from_numpy(np.zeros(shape, ELEMENTS[slot.type]))
+    return OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[slot.type])
+
+
+def _numbered(recording: int) -> Any:
+    """Options of a run that is recorded under this number or replays that recording; -1 for neither."""
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(recording))
+    return options
 
 
 @cache

@@ -3,7 +3,8 @@
     runtime = Runtime("bundle")
     images = runtime.generate([0, 1, 2], seed=0)     # float32[3, C, H, W], about [-1, 1]
 
-The numbers are those of `hcompress.sampling`: the same noise streams, the same solver table, the same slots.
+The numbers are those of `hcompress.sampling`: the same noise streams, the same solver table, the same slots. Between
+the calls everything stays where the network runs, latents too: the solver's update is a graph like the others.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcompress_runtime.backends import FLAVORS
-from hcompress_runtime.bundle import DECODER, Bundle, open_bundle
+from hcompress_runtime.bundle import DECODER, UPDATE, Bundle, open_bundle
 from hcompress_runtime.conditions import Given, Rows, complete, take
-from hcompress_runtime.engine import Engine, SlotValue
+from hcompress_runtime.engine import Engine, Value
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.ort import open_session, sessions_of
@@ -36,7 +37,9 @@ class Runtime:
     provider: "cpu" or "cuda", of ONNX Runtime; "trt" or "rtx", engines of TensorRT or TensorRT-RTX
     threads:  of one operator; None leaves it to the backend
     prepack:  trade memory for speed, see hcompress_runtime.ort; None decides by the size of the weights
+    capture:  run exactly so many samples at once, on a GPU each call as a CUDA graph once it has been run twice
 
+    `put` and `to_numpy` are the backend's, see Engine; `batches` are the least and most samples it takes at once.
     Every distinct graph is loaded here, once, so that the first sample takes no longer than the others and a graph
     that cannot run is found out now. Raises BundleError, MissingExtra, EngineError.
     """
@@ -48,18 +51,26 @@ class Runtime:
         threads: int | None = None,
         *,
         prepack: bool | None = None,
+        capture: int | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self._provider, self._threads = "cuda" if provider in FLAVORS else provider, threads  # of the decoder
         self.peak_cache_bytes = 0
         """The most bytes that slots have held at once so far, measured."""
-        self._stack = ExitStack()
         if provider in FLAVORS:
-            opened = engines_of(self.bundle, provider)
+            opened = engines_of(self.bundle, provider, capture=capture)
         else:
-            opened = sessions_of(self.bundle, provider, threads, prepack)
-        self.engines: Mapping[str, Engine] = self._stack.enter_context(opened)
+            opened = sessions_of(self.bundle, provider, threads, prepack, capture)
+        self._given: dict[str, Value] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._decoder: Any = None
+        with ExitStack() as stack:
+            self.engines: Mapping[str, Engine] = stack.enter_context(opened)
+            self._update = self.engines[UPDATE]
+            self.put, self.to_numpy = self._update.put, self._update.to_numpy
+            self.batches = self._update.batches
+            self._constants = [self._of_call(call) for call in range(self.bundle.table.num_calls)]
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +80,7 @@ class Runtime:
 
     def close(self) -> None:
         """Free the engines."""
-        self.engines, self._decoder = {}, None
+        self.engines, self._constants, self._given, self._decoder = {}, [], {}, None
         self._stack.close()
 
     def generate(
@@ -79,7 +90,7 @@ class Runtime:
         *,
         batch: int = 16,
         first: int = 0,
-        on_step: OnStep = lambda call, x: None,
+        on_step: OnStep | None = None,
     ) -> NDArray[np.float32]:
         """One sample for each label, float32[len(labels), C, H, W], in batches.
 
@@ -91,7 +102,7 @@ class Runtime:
         """
         rows = complete(self.bundle.conditions, labels)
         self._check(seed, batch, first)
-        least, most = next(iter(self.engines.values())).batches
+        least, most = self.batches
         count, batch, finished = len(next(iter(rows.values()))), min(batch, most), []
         for begin in range(0, count, batch):
             chosen = [*range(begin, min(begin + batch, count))]
@@ -113,51 +124,60 @@ class Runtime:
         return np.concatenate([self._decoder.run(None, {"latent": samples[i : i + 1]})[0] for i in range(len(samples))])
 
     def step(
-        self,
-        call: int,
-        x: NDArray[np.float32],
-        conditions: Rows,
-        slots: dict[str, SlotValue],
-        noises: Sequence[NDArray[np.float32]] = (),
-    ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
+        self, call: int, latent: Value, conditions: Mapping[str, Value], slots: dict[str, Value]
+    ) -> tuple[Value, dict[str, Value]]:
         """Model output [B, C, H, W] of one call, and the slots it wrote; brings `slots` up to date.
 
-        conditions: of the B samples, complete and contiguous
-        noises:     of the solver, all draws; only a learned variance asks for them here
+        latent, conditions: of the B samples, complete, where the backend has them (`put`); the call's noise is among
+                            the conditions if the graphs want it, see hcompress_runtime.table
         """
         plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
-        output, written = engine.infer(self._feeds(call, x, conditions, noises), slots)
-        written = {name: written[name] for name in plan.writes}
+        held = {f"cache_in.{name}": value for name, value in slots.items()}
+        results = engine.infer({"latent": latent, **conditions, **self._constants[call], **held})
+        written = {name: results[f"cache_out.{name}"] for name in plan.writes}
         slots |= written
         self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
         for name in plan.frees:
             del slots[name]
-        return output, written
+        return results["model_output"], written
 
-    def _generate(self, conditions: Rows, seed: int, streams: Sequence[int], on_step: OnStep) -> NDArray[np.float32]:
-        table = self.bundle.table
-        start = gaussian(seed, streams, self.bundle.sample_shape)
-        noises = [gaussian(seed, streams, self.bundle.sample_shape, draw=m + 1) for m in range(table.num_noises)]
-        slots: dict[str, SlotValue] = {}
-        outputs: list[NDArray[np.float32]] = []
+    def _generate(
+        self, conditions: Rows, seed: int, streams: Sequence[int], on_step: OnStep | None
+    ) -> NDArray[np.float32]:
+        table, shape = self.bundle.table, self.bundle.sample_shape
+        noises = [gaussian(seed, streams, shape, draw=m + 1) for m in range(table.num_noises)]
+        known = table.ahead(gaussian(seed, streams, shape), noises)
+        noise = [table.noise_input(call, noises, known[:, 0].shape) for call in range(table.num_calls)]
+        drawn = {f"{name}.{call}": array for call, arrays in enumerate(noise) for name, array in arrays.items()}
+        given = self._give({"latent": known[:, 0], "ahead": known[:, 1:], **conditions, **drawn})
+        x, ahead, slots = given.pop("latent"), given.pop("ahead"), dict[str, Value]()
         for call in range(table.num_calls):
-            x = table.combine(call, start, outputs, noises)
-            on_step(call, x)
-            outputs.append(self.step(call, x, conditions, slots, noises)[0])
-        x = table.combine(table.num_calls, start, outputs, noises)
-        on_step(table.num_calls, x)
-        return x
+            if on_step:
+                on_step(call, self.to_numpy(x))
+            now = {name: given[f"{name}.{call}"] for name in noise[call]}
+            output, _ = self.step(call, x, given | now, slots)
+            moved = self._update.infer({"ahead": ahead, "model_output": output, **self._constants[call]})
+            x, ahead = moved["latent"], moved["ahead_next"]
+        samples = self.to_numpy(x)
+        if on_step:
+            on_step(table.num_calls, samples)
+        return samples
 
-    def _feeds(
-        self, call: int, x: NDArray[np.float32], conditions: Rows, noises: Sequence[NDArray[np.float32]]
-    ) -> Mapping[str, NDArray[Any]]:
-        constants = {f"step.{name}": rows[call : call + 1] for name, rows in self.bundle.constants.items()}
+    def _give(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Value]:
+        """`arrays` where the backend has them, in the memory of the last generation if that was of this size."""
+        if any(self._shapes.get(name) != array.shape for name, array in arrays.items()):
+            self._given, self._shapes = {}, {name: array.shape for name, array in arrays.items()}
+        self._given = {name: self.put(array, self._given.get(name)) for name, array in arrays.items()}
+        return dict(self._given)
+
+    def _of_call(self, call: int) -> dict[str, Value]:
+        """What graphs are given at `call`, whatever is generated."""
         computes = self.bundle.plan.steps[call].computes
-        compute = np.array([branch in computes for branch in self.bundle.plan.branches])
-        scale = np.array(self.bundle.cfg, np.float32)
-        noise = self.bundle.table.noise_of(call, noises)
-        noise = np.zeros_like(x) if noise is None else noise
-        return {"latent": x, **conditions, "cfg": scale, "noise": noise, "compute": compute, **constants}
+        arrays = {f"step.{name}": rows[call : call + 1] for name, rows in self.bundle.constants.items()}
+        arrays["cfg"] = np.array(self.bundle.cfg, np.float32)
+        arrays["compute"] = np.array([branch in computes for branch in self.bundle.plan.branches])
+        arrays["share"] = self.bundle.table.shares()[call]
+        return {name: self.put(array) for name, array in arrays.items()}
 
     @staticmethod
     def _check(seed: int, batch: int, first: int) -> None:

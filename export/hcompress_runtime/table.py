@@ -71,6 +71,15 @@ class SolverTable:
         """The noise that goes into the output of `call`; None where none does."""
         return noises[call] if self.learned is not None and call < len(noises) else None
 
+    def noise_input(
+        self, call: int, noises: Sequence[NDArray[np.float32]], shape: tuple[int, ...]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What a graph is given as `noise` at `call`: zeros where that has none, nothing if no variance is learned."""
+        if self.learned is None:
+            return {}
+        noise = self.noise_of(call, noises)
+        return {"noise": np.zeros(shape, np.float32) if noise is None else noise}
+
     def combine(self, call: int, start: Any, outputs: Sequence[Any], noises: Sequence[Any] = ()) -> Any:
         """x at `call` (the finished sample at `call` = T), from arrays or tensors of one shape, any library."""
         x = start * float(self.start[call])
@@ -79,3 +88,16 @@ class SolverTable:
                 if weight != 0.0:
                     x = x + value * float(weight)
         return x
+
+    def ahead(self, start: NDArray[np.float32], noises: Sequence[NDArray[np.float32]] = ()) -> NDArray[np.float32]:
+        """float32[B, T + 1, C, H, W]: x at each call and at the end, as far as no model output is in it."""
+        return np.stack([self.combine(call, start, (), noises) for call in range(self.num_calls + 1)], axis=1)
+
+    def shares(self) -> NDArray[np.float32]:
+        """float32[T, T]: row t is what output t weighs in x at calls t + 1, ..., T, and 0 behind.
+
+        Added to `ahead` output by output instead of summed up call by call, x is the same but for float32 rounding.
+        """
+        calls = self.num_calls
+        rows = [np.append(self.outputs[call + 1 :, call], np.zeros(call)) for call in range(calls)]
+        return np.array(rows, np.float32).reshape(calls, calls)

@@ -8,9 +8,9 @@ A bundle is several engines that run in turn on one stream, and they share whate
 - weights: where they are inputs (`w.*`, the `per-mask` layout), each is on the GPU once and every engine is given its
   address. Rows of a tensor, `w.<hash>[a:b]`, lie inside it, unless their address is not a multiple of 256 bytes.
 - scratch memory: contexts are USER_MANAGED and take turns with one block, as large as the largest of them needs.
-- slots: blocks that one step writes and later steps read, never copied. A block is used anew once nothing refers to it,
-  so what slots take is the plan's peak. A step that reads and rewrites a slot has two blocks until the old is let go.
-- the way in and out: one block for each input, whatever the engine.
+- values: blocks that one engine writes and others read, slots and latents alike, never copied. A block is used anew
+  once nothing refers to it, so what slots take is the plan's peak. The host only waits for what it asks for, which in a
+  generation is the finished samples.
 
 With `capture`, a run is recorded as a CUDA graph when the same addresses have come together twice, and replayed from
 then on. A schedule has a fixed order, so in generations of one batch size they always do.
@@ -31,24 +31,30 @@ from numpy.typing import NDArray
 from hcompress_runtime.backends import choose_flavor, load, make_logger, require_gpu
 from hcompress_runtime.bundle import WEIGHTS, Bundle
 from hcompress_runtime.device import ALIGNMENT, Block, Device
-from hcompress_runtime.engine import Engine, SlotValue
+from hcompress_runtime.engine import Engine, Value
 from hcompress_runtime.engine_cache import Engines, Target, build_command, find_engines
 from hcompress_runtime.errors import BundleError, EngineError, InputError
-from hcompress_runtime.weights import find, map_weights
+from hcompress_runtime.weights import find, map_weights, widen
 
-READ, WRITTEN, WEIGHT, OUTPUT = "cache_in.", "cache_out.", "w.", "model_output"
+SLOT, WEIGHT = "cache_in.", "w."
 
 
 @contextmanager
-def engines_of(bundle: Bundle, flavor: str = "auto", *, capture: bool = False) -> Iterator[dict[str, Engine]]:
-    """Graph file -> its engine, loaded, for every distinct graph of `bundle`; freed with the context.
+def engines_of(bundle: Bundle, flavor: str = "auto", *, capture: int | None = None) -> Iterator[dict[str, Engine]]:
+    """Graph file -> its engine, loaded, for all graphs of `bundle`; freed with the context.
 
-    Raises MissingExtra and EngineError for what this machine lacks, BundleError with the build command for engines that
-    are not there, or are broken, or of another version or GPU.
+    capture: run exactly so many samples at once, as CUDA graphs where the library allows it
+
+    Raises InputError for a `capture` that engines are not built for, MissingExtra and EngineError for what this machine
+    lacks, BundleError with the build command for engines that are absent, broken, or of another version or GPU.
     """
     chosen = choose_flavor(flavor)
     target = Target(chosen.name, load(chosen).__version__, require_gpu(chosen).sm)
     engines = find_engines(bundle, target)
+    least, _, most = engines.batch
+    if capture and not least <= capture <= most:
+        again = build_command(bundle.path, target, [capture])
+        raise InputError(f"engines in {bundle.path} take {least} to {most} samples, not {capture}; build: {again}")
     with ExitStack() as stack:
         shared = stack.enter_context(Shared(bundle, engines))
         yield {
@@ -65,7 +71,6 @@ class Shared:
         self.flavor = choose_flavor(engines.target.flavor)
         self.device = Device(self.flavor)
         self.scratch: Block | None = None
-        self.blocks: dict[str, Block] = {}
         self.bound: dict[str, tuple[Block, int]] = {}
 
     def __enter__(self) -> Self:
@@ -78,7 +83,7 @@ class Shared:
 
     def __exit__(self, *exception: object) -> None:
         del self.runtime
-        self.blocks, self.bound, self.scratch = {}, {}, None
+        self.bound, self.scratch = {}, None
         self.device.__exit__(*exception)
 
     def reserve(self, nbytes: int) -> None:
@@ -87,12 +92,6 @@ class Shared:
             self.scratch = None
             self.device.trim()  # or the smaller block would lie unused
             self.scratch = self.device.allocate(nbytes)
-
-    def block(self, name: str, nbytes: int) -> Block:
-        """The memory through which the tensor `name` of any engine goes in or out."""
-        if name not in self.blocks or self.blocks[name].nbytes < nbytes:
-            self.blocks[name] = self.device.allocate(nbytes)
-        return self.blocks[name]
 
     def weight(self, name: str) -> tuple[Block, int]:
         """The block that holds a tensor or rows of one, and their address. Raises BundleError for an unknown name."""
@@ -110,8 +109,8 @@ class Shared:
 
 @final
 @dataclass(frozen=True)
-class Slot:
-    """A cached branch output on the GPU: its memory and what that holds."""
+class Held:
+    """A tensor on the GPU: its memory and what that holds. NumPy lacks bfloat16: `dtype` is uint16 then, its bits."""
 
     block: Block
     shape: tuple[int, ...]
@@ -125,14 +124,15 @@ class TensorRT(Engine):
 
     file:    the engine file
     shared:  what it has in common with the other engines of its bundle, entered
-    capture: replay runs as CUDA graphs where the library allows it
+    capture: run exactly so many samples, replayed as CUDA graphs where the library allows it
 
     Entering raises BundleError for an engine that cannot be loaded or wants other weights, EngineError for a full GPU.
     """
 
-    def __init__(self, file: Path, shared: Shared, *, capture: bool = False) -> None:
+    def __init__(self, file: Path, shared: Shared, *, capture: int | None = None) -> None:
         self.file, self.shared, self.capture = file, shared, capture
-        self.batches = (shared.engines.batch[0], shared.engines.batch[2])
+        least, _, most = shared.engines.batch
+        self.batches = (capture or least, capture or most)
 
     def __enter__(self) -> Self:
         shared, trt = self.shared, self.shared.trt
@@ -146,9 +146,9 @@ class TensorRT(Engine):
         shared.reserve(engine.device_memory_size_v2)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self.feeds = [name for name in inputs if not name.startswith((READ, WEIGHT))]
-        self.reads = [name.removeprefix(READ) for name in inputs if name.startswith(READ)]
-        self.writes = [name.removeprefix(WRITTEN) for name in names if name.startswith(WRITTEN)]
+        self.inputs = [name for name in inputs if not name.startswith(WEIGHT)]
+        self.feeds = [name for name in self.inputs if not name.startswith(SLOT)]
+        self.outputs = [name for name in names if name not in inputs]
         self.expected = {name: tuple(engine.get_tensor_shape(name)) for name in names}
         self.dtypes = {name: _numpy_dtype(trt, engine.get_tensor_dtype(name)) for name in names}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -164,43 +164,36 @@ class TensorRT(Engine):
         self.captured = {}
         del self.context, self.engine  # in this order
 
-    def infer(
-        self, feeds: Mapping[str, NDArray[Any]], slots: Mapping[str, SlotValue]
-    ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
-        """See Engine. Slots stay on the GPU; only the model's input and output go to and fro."""
-        shared, device = self.shared, self.shared.device
-        arrays = {name: np.asarray(feeds[name], self.dtypes[name], order="C") for name in self.feeds}
-        least, most = self.batches
-        if not least <= (samples := len(feeds["latent"])) <= most:
-            takes = f"{least} to {most}" if least < most else f"exactly {most}"
-            raise InputError(f"{self.file} takes {takes} samples at once, not {samples}; {self._build()}")
-        self._resize({name: array.shape for name, array in arrays.items()}, slots)
-        blocks: dict[str, Block] = {READ + name: slots[name].block for name in self.reads}
-        for name, array in arrays.items():
-            blocks[name] = shared.block(name, array.nbytes)
-            device.write(blocks[name], array)
-        written: dict[str, SlotValue] = {}
-        for name in self.writes:
-            shape, dtype = self._shape(WRITTEN + name), self.dtypes[WRITTEN + name]
-            block = blocks[WRITTEN + name] = device.allocate(prod(shape) * dtype.itemsize)
-            written[name] = Slot(block, shape, dtype, device)
-        output = np.empty(self._shape(OUTPUT), self.dtypes[OUTPUT])
-        blocks[OUTPUT] = shared.block(OUTPUT, output.nbytes)
-        self._run({name: block.address for name, block in blocks.items()})
-        device.read(blocks[OUTPUT], output)
-        device.wait()
-        return output.astype(np.float32, copy=False), written
+    def infer(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        """See Engine. Everything stays on the GPU; nothing is waited for."""
+        given: dict[str, Held] = {name: inputs[name] for name in self.inputs}
+        self._resize(given)
+        results: dict[str, Value] = {}
+        for name in self.outputs:
+            shape, dtype = tuple(self.context.get_tensor_shape(name)), self.dtypes[name]
+            block = self.shared.device.allocate(prod(shape) * dtype.itemsize)
+            results[name] = Held(block, shape, dtype, self.shared.device)
+        self._run({name: value.block.address for name, value in (given | results).items()})
+        return results
+
+    def put(self, array: NDArray[Any], into: Value | None = None) -> Value:
+        """See Engine."""
+        device, array = self.shared.device, np.asarray(array, order="C")
+        held = into or Held(device.allocate(array.nbytes), array.shape, array.dtype, device)
+        device.write(held.block, array)
+        device.wait()  # until then `array` may not change
+        return held
 
     @staticmethod
-    def nbytes(value: SlotValue) -> int:
+    def nbytes(value: Value) -> int:
         """See Engine."""
         return int(value.block.nbytes)
 
     @staticmethod
-    def to_numpy(value: SlotValue) -> NDArray[Any]:
-        """See Engine; bfloat16, which NumPy lacks, as its bits."""
+    def to_numpy(value: Value) -> NDArray[Any]:
+        """See Engine; bfloat16 as float32."""
         array: NDArray[Any] = value.device.to_numpy(value.block, value.shape, value.dtype)
-        return array
+        return widen(array) if array.dtype == np.uint16 else array
 
     def _weight(self, name: str) -> int:
         """The address of weights that this engine takes as an input."""
@@ -212,22 +205,19 @@ class TensorRT(Engine):
             raise BundleError(f"{self.file} was built for other weights: {name} is {mismatch}; {self._build()}")
         return self.shared.weight(name)[1]
 
-    def _resize(self, shapes: dict[str, tuple[int, ...]], slots: Mapping[str, SlotValue]) -> None:
+    def _resize(self, given: Mapping[str, Held]) -> None:
         """Tell the context the shapes of this run, where they are not those of the last."""
-        shapes |= {READ + name: slots[name].shape for name in self.reads}
+        shapes = {name: value.shape for name, value in given.items()}
         if shapes == self.shapes:
             return
         self.shapes, self.captured, self.seen = {}, {}, set()  # what was recorded holds for one set of shapes
         for name, shape in shapes.items():
-            expected = self.expected[name]
+            expected, dtype = self.expected[name], self.dtypes[name]
             fits = self.context.set_input_shape(name, shape) if -1 in expected else shape == expected
-            if not fits:
-                problem = f"{name} has shape {list(shape)} instead of {list(expected)}"
-                raise BundleError(f"{self.file} cannot be run: {problem}; {self._build()}")
+            if not fits or given[name].dtype != dtype:
+                wrong = f"{name} is {given[name].dtype}{list(shape)} instead of {dtype}{list(expected)}"
+                raise BundleError(f"{self.file} cannot be run: {wrong}; {self._build()}")
         self.shapes = shapes
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.context.get_tensor_shape(name))
 
     def _bind(self, addresses: Mapping[str, int]) -> None:
         """Tell the context where tensors are, where that is news."""

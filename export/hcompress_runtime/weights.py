@@ -40,6 +40,11 @@ def map_weights(file: Path) -> dict[str, NDArray[Any]]:
         raise BundleError(f"{file} is not a weight file ({error}); export or copy the bundle again") from error
 
 
+def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """float32 of the bfloat16 that `bits` are: the upper half of its bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def find(weights: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
     """The tensor called `name`, or rows a to b of one where the name is `<tensor>[a:b]`. Raises BundleError."""
     whole, bracket, bounds = name.partition("[")

@@ -25,7 +25,7 @@ def verify(
     """Run a bundle and PyTorch side by side and compare every tensor that passes between calls, errors included.
 
     Prints the first call and tensor that drifts beyond the tolerance (relative; 1e-4 in float32, 2e-2 in float16), and
-    exits 1 then.
+    exits 1 then, or where no backend could run it.
 
     Example: hcompress verify bundle
     """
@@ -39,7 +39,7 @@ def verify(
         print(json.dumps({"bundle": str(bundle), "proofs": [_plain(proof) for proof in proofs]}))
     else:
         print(*map(_line, proofs), sep="\n")
-    if not all(proof.holds for proof in proofs):
+    if not all(proof.holds for proof in proofs) or all(proof.skipped for proof in proofs):
         raise typer.Exit(1)
 
 

@@ -65,7 +65,8 @@ def prove_all(
                 proofs.append(Proof(bundle.path, backend, allowed, skipped=str(error)))
                 continue
             with runtime:
-                given = example(bundle.conditions, samples)
+                least, most = runtime.batches  # an engine may be built for some only
+                given = example(bundle.conditions, int(np.clip(samples, least, most)))
                 found = drifts(adapter, runtime, given, _mask(bundle), seed=seed)
             worst = float(np.max([drift.error for drift in found]))
             proofs.append(Proof(bundle.path, backend, allowed, worst, first_drift(found, allowed)))
