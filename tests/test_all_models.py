@@ -1,11 +1,11 @@
-"""Properties of every model family's adapter, held against the diffusers model it wraps, on tiny random models."""
+"""Properties of every model family's adapter, held against the model it wraps, on tiny random models."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_pixart
+from conftest import make_pixart, make_uvit
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hcompress.adapter import Adapter, compute_all, config_hash, weight_hash
 from hcompress.errors import InputError, ModelError
 from hcompress.models.dit import DiT
+from hcompress.models.uvit import UViT
 
 
 def dit(**changes: object) -> DiTTransformer2DModel:
@@ -48,11 +49,31 @@ MODELS |= {
     "pixart without attention bias": lambda: make_pixart(attention_bias=False, norm_elementwise_affine=True),
 }
 BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "cross", "mlp"))
+MODELS |= {
+    "uvit": make_uvit,
+    "uvit one block": lambda: make_uvit(1),
+    "uvit pixels": lambda: make_uvit(5, channels=1, patch_size=4, time_mlp=True, attention_bias=True),
+    "uvit without final convolution": lambda: make_uvit(final_conv=False, time_shift=1.0, mlp_ratio=2.5),
+    "uvit unconditional": lambda: make_uvit(num_classes=0, time_scale=0.999),
+}
+BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "mlp"))
+GUIDED = [name for name in MODELS if name != "uvit unconditional"]
+LABELLED = [name for name in GUIDED if not name.startswith("pixart")]
 DITS = [name for name in MODELS if name.startswith("dit")]
 
 
 @pytest.fixture(params=MODELS)
 def adapter(request: pytest.FixtureRequest) -> Adapter:
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=GUIDED)
+def guided_adapter(request: pytest.FixtureRequest) -> Adapter:
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=LABELLED)
+def labelled_adapter(request: pytest.FixtureRequest) -> Adapter:
     return MODELS[request.param]()
 
 
@@ -69,8 +90,8 @@ def inputs(adapter: Adapter, rows: int) -> tuple[Tensor, Tensor, dict[str, Tenso
 
 
 def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """The diffusers model's own output."""
-    if isinstance(adapter, DiT):
+    """The wrapped model's own output."""
+    if isinstance(adapter, DiT | UViT):
         return adapter.network(x, timestep=timesteps, class_labels=condition["labels"]).sample
     size = torch.full((len(x), 2), 8.0 * x.shape[-1])  # pixels, eight for each of the latent's
     return adapter.network(
@@ -83,7 +104,7 @@ def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, T
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_forward_is_bit_identical_to_diffusers(adapter: Adapter, rows: int) -> None:
+def test_forward_is_bit_identical_to_the_wrapped_model(adapter: Adapter, rows: int) -> None:
     x, timesteps, condition = inputs(adapter, rows)
     got = adapter(x, condition, adapter.step_constants(timesteps), compute_all)
     assert torch.equal(got, dense(adapter, x, timesteps, condition))
@@ -213,11 +234,12 @@ def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adap
 @pytest.mark.parametrize("name", MODELS)
 def test_names_are_unique_and_follow_the_blocks(name: str) -> None:
     adapter = MODELS[name]()
-    blocks = len(adapter.network.transformer_blocks)
+    blocks = adapter.config()["num_layers"]
     assert adapter.graph.names == tuple(f"{block}.{kind}" for block in range(blocks) for kind in BRANCHES[name])
 
 
-def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Adapter) -> None:
+def test_guidance_mixes_the_guided_channels_with_the_null_condition(guided_adapter: Adapter) -> None:
+    adapter = guided_adapter
     x, timesteps, condition = inputs(adapter, 2)
     constants = adapter.step_constants(timesteps[:1])
     cond = adapter(x, condition, constants, compute_all)
@@ -232,20 +254,20 @@ def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Ada
     assert torch.equal(adapter.guided(x, condition, constants, 1.0), cond)
 
 
-def test_the_null_condition_is_one_past_the_last_label(dit_adapter: Adapter) -> None:
-    condition = dit_adapter.label_condition([0, 4])
-    assert dit_adapter.null_condition(condition)["labels"].tolist() == [5, 5]
+def test_the_null_condition_is_one_past_the_last_label(labelled_adapter: Adapter) -> None:
+    condition = labelled_adapter.label_condition([0, 4])
+    assert labelled_adapter.null_condition(condition)["labels"].tolist() == [5, 5]
     assert condition["labels"].tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
-def test_labels_out_of_range_are_refused(dit_adapter: Adapter, label: int) -> None:
+def test_labels_out_of_range_are_refused(labelled_adapter: Adapter, label: int) -> None:
     with pytest.raises(InputError, match=rf"label {label} is outside 0\.\.4"):
-        dit_adapter.label_condition([0, label])
+        labelled_adapter.label_condition([0, label])
 
 
-def test_random_conditions_cover_the_classes_and_nothing_else(dit_adapter: Adapter) -> None:
-    labels = dit_adapter.random_condition(np.random.default_rng(0), 200)["labels"]
+def test_random_conditions_cover_the_classes_and_nothing_else(labelled_adapter: Adapter) -> None:
+    labels = labelled_adapter.random_condition(np.random.default_rng(0), 200)["labels"]
     assert set(labels.tolist()) == {0, 1, 2, 3, 4}
 
 
@@ -253,8 +275,9 @@ def test_conditions_to_evaluate_with_take_turns(adapter: Adapter) -> None:
     """Every class or prompt equally often, and what is given for a row does not depend on how many there are."""
     first, more = (adapter.condition(adapter.even_conditions(count)) for count in (3, 30))
     assert all(torch.equal(first[name], more[name][:3]) for name in first)
-    told = next(iter(more.values())).flatten(1) if more.keys() != {"labels"} else more["labels"][:, None]
-    assert set(torch.unique(told, dim=0, return_counts=True)[1].tolist()) in ({30 // 5}, {30 // 3})
+    labels = adapter.conditions.get("labels")
+    told, choices = (next(iter(more.values())).flatten(1), 3) if labels is None else (more["labels"][:, None], labels.classes)
+    assert set(torch.unique(told, dim=0, return_counts=True)[1].tolist()) == {30 // choices}
 
 
 def test_the_network_is_frozen(adapter: Adapter) -> None:

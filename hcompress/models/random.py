@@ -56,6 +56,10 @@ PIXART_CONFIGS: dict[str, dict[str, Any]] = {  # Chen et al. 2023 and 2024; Sigm
     "PixArt-XL-2-1024": PIXART | {"sample_size": 128, "use_additional_conditions": True},
     "PixArt-Sigma-XL-2-1024": PIXART | {"sample_size": 128},
 }
+UVIT_CONFIGS: dict[str, dict[str, Any]] = {  # Bao et al. 2023, table 1; configs/imagenet256_uvit_*.py of their code
+    "UViT-H-2-256": {"num_layers": 29, "num_attention_heads": 16, "attention_head_dim": 72, "final_conv": False},
+    "UViT-L-2-256": {"num_layers": 21, "num_attention_heads": 16, "attention_head_dim": 64},
+}
 PROMPTS = 8  # of a text model
 SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json; PixArt's noise is the same
     "_class_name": "DDIMScheduler",
@@ -72,7 +76,7 @@ SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_conf
 
 def random_names() -> list[str]:
     """The architectures there are, as MODEL on the command line."""
-    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS)]
+    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS, *UVIT_CONFIGS)]
 
 
 def make_random(name: str) -> Adapter:
@@ -82,6 +86,8 @@ def make_random(name: str) -> Adapter:
         return random_dit(CONFIGS[plain])
     if plain in PIXART_CONFIGS:
         return random_pixart(PIXART_CONFIGS[plain], tokens=300 if "Sigma" in plain else 120)
+    if plain in UVIT_CONFIGS:
+        return random_uvit(UVIT_CONFIGS[plain])
     raise ModelError(f"no random model {name!r}; there are: {', '.join(random_names())}")
 
 
@@ -121,6 +127,21 @@ def random_pixart(config: dict[str, Any], seed: int = 0, *, tokens: int = 120) -
         "null_mask": np.arange(tokens)[None] < 1,
     }
     return PixArt(network, prompts)
+
+
+def random_uvit(config: dict[str, Any], seed: int = 0) -> Adapter:
+    """A U-ViT of `config`, drawn like a DiT, but for its norms, which scale by about 1."""
+    from hcompress.models.uvit import UViT
+    from hcompress.models.uvit_network import UViT2DModel
+
+    with torch.device("meta"):
+        network = UViT2DModel(**config)
+    network.to_empty(device="cpu")
+    _draw(network, np.random.Generator(np.random.SFC64(seed)))
+    for module in network.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.detach().add_(1)
+    return UViT(network)
 
 
 def _without_weights(family: Any, config: dict[str, Any]) -> Any:
