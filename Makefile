@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PATHS := hcompress export tests
 
-.PHONY: demo test test-all lint bench gpu-check zoo-fashion-dit zoo-fashion-classifier clean
+.PHONY: demo test test-all lint bench gpu-check zoo-fashion-dit zoo-fashion-uvit zoo-fashion-classifier clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,7 +36,12 @@ gpu-check:
 	@PYTHONPATH=.:export$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py
 
 zoo-fashion-dit: $(INSTALLED)
+	@$(BIN)/python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit
 	@$(BIN)/python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --store
+
+zoo-fashion-uvit: $(INSTALLED)
+	@$(BIN)/python -m hcompress.zoo.train_fashion_uvit --run runs/fashion-uvit
+	@$(BIN)/python -m hcompress.zoo.train_fashion_uvit --run runs/fashion-uvit --store
 
 zoo-fashion-classifier: $(INSTALLED)
 	@$(BIN)/python -m hcompress.zoo.train_fashion_classifier

@@ -41,6 +41,10 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
         "DPMSolverSinglestepScheduler",
         {"algorithm_type": "dpmsolver++", "lower_order_final": True},
     ),
+    "dpmsolver": (  # Lu et al. 2022a, DPM-Solver-2 fast: noise prediction, which has no last sigma of 0
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "lower_order_final": True},
+    ),
     "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "sa": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),  # Xue et al. 2023
     "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al. 2023

@@ -3,7 +3,7 @@
 The model: DiT, 2 blocks of width 32, 16 tokens, 2x8x8 samples, 5 classes. Its weights are random and nothing is
 zero-initialised, so every branch moves the samples; the last layer is small, so samples stay of the order of 1.
 A PixArt of much the same size stands for text: 5 tokens of width 10, 3 prompts of its own. A Stable Diffusion 3 and a
-FLUX stand for joint attention: the same text, and a pooled vector of width 6.
+FLUX stand for joint attention: the same text, and a pooled vector of width 6; a U-ViT for long skips.
 """
 
 from __future__ import annotations
@@ -112,6 +112,22 @@ def _draw(network: object, seed: int, wide: float = 0.2) -> None:
     for name, parameter in network.named_parameters():
         std = 0.02 if name.startswith("proj_out") else wide
         torch.nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def make_uvit(num_layers: int = 3, *, channels: int = 2, seed: int = 0, **config: object) -> Adapter:
+    """The tiny U-ViT, with long skips, of much the same size and 5 classes."""
+    import torch
+
+    from hcompress.models.uvit import UViT
+    from hcompress.models.uvit_network import UViT2DModel
+
+    shape = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": channels, "num_layers": num_layers}
+    network = UViT2DModel(**shape | {"sample_size": 8, "patch_size": 2, "num_classes": 5} | config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        std = 0.02 if name.startswith(("decoder_pred", "final_layer.bias")) else 0.2
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return UViT(network)
 
 
 def make_prompts(count: int, *, tokens: int = 5, width: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
@@ -240,6 +256,12 @@ def skipping_dit() -> Adapter:
 def tiny_pixart() -> Adapter:
     """The tiny text-conditional model. Do not change it."""
     return make_pixart()
+
+
+@pytest.fixture(scope="session")
+def tiny_uvit() -> Adapter:
+    """The tiny model with long skips. Do not change it."""
+    return make_uvit()
 
 
 @pytest.fixture(scope="session")

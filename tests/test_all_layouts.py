@@ -8,7 +8,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import CALLS, export, make_dit, make_pixart, make_pooled_prompts, make_prompts, make_sd3, random_mask
+from conftest import (
+    CALLS,
+    export,
+    make_dit,
+    make_pixart,
+    make_pooled_prompts,
+    make_prompts,
+    make_sd3,
+    make_uvit,
+    random_mask,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +79,23 @@ def test_a_branch_that_only_another_branch_reads_is_switched_on_its_own(tmp_path
     path = export(tmp_path / "bundle", adapter, mask, solver="flow-euler", layout="switch").path
     with Runtime(path, threads=1) as runtime:
         assert parity(adapter, runtime, make_pooled_prompts(3, seed=1), mask, seed=1).max() <= CLOSE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_skips_fit_every_layout(tmp_path: Path, layout: str, dtype: str) -> None:
+    """Call 2 reuses everything: what is left are the long skips, of slots. Call 3 computes one half, call 4 the other.
+
+    The solver gives singlestep's coefficients, where a call starts from older samples.
+    """
+    adapter = make_uvit().to(getattr(torch, dtype))
+    mask = random_mask(CALLS, len(adapter.graph))
+    mask[2], mask[3], mask[4] = False, [True] * 3 + [False] * 3, [False] * 3 + [True] * 3
+    tolerance = CLOSE if dtype == "float32" else TOLERANCE[dtype]
+    exported = export(tmp_path / "bundle", adapter, mask, layout=layout, solver="dpmsolver")
+    with Runtime(exported.path, threads=1) as runtime:
+        assert parity(adapter, runtime, LABELS, mask, seed=1).max() <= tolerance
+        assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(len(LABELS)) > 0
 
 
 def test_all_layouts_store_the_same_weights_once(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Properties of every model family's adapter, held against the diffusers model it wraps, on tiny random models."""
+"""Properties of every model family's adapter, held against the model it wraps, on tiny random models."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_flux, make_pixart, make_sd3
+from conftest import make_flux, make_pixart, make_sd3, make_uvit
 from diffusers import DiTTransformer2DModel, FluxPipeline
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +16,7 @@ from hcompress.errors import InputError, ModelError
 from hcompress.models.dit import DiT
 from hcompress.models.flux import Flux
 from hcompress.models.sd3 import SD3
+from hcompress.models.uvit import UViT
 
 
 def dit(**changes: object) -> DiTTransformer2DModel:
@@ -50,6 +51,14 @@ MODELS |= {
     "pixart without attention bias": lambda: make_pixart(attention_bias=False, norm_elementwise_affine=True),
 }
 BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "cross", "mlp"))
+MODELS |= {
+    "uvit": make_uvit,
+    "uvit one block": lambda: make_uvit(1),
+    "uvit pixels": lambda: make_uvit(5, channels=1, patch_size=4, time_mlp=True, attention_bias=True),
+    "uvit without final convolution": lambda: make_uvit(final_conv=False, time_shift=1.0, mlp_ratio=2.5),
+    "uvit unconditional": lambda: make_uvit(num_classes=0, time_scale=0.999),
+}
+BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "mlp"))
 JOINT, LAST, SINGLE = ("attn", "mlp", "context_mlp"), ("attn", "mlp"), ("single",)
 MODELS |= {
     "sd3": make_sd3,
@@ -57,18 +66,30 @@ MODELS |= {
     "flux dev": lambda: make_flux(guidance_embeds=True),
     "flux schnell": lambda: make_flux(2),
 }
-OF_BLOCKS = {name: [BRANCHES[name]] * len(MODELS[name]().network.transformer_blocks) for name in BRANCHES} | {
+OF_BLOCKS = {name: [BRANCHES[name]] * MODELS[name]().config()["num_layers"] for name in BRANCHES} | {
     "sd3": [JOINT, LAST],
     "sd3.5 medium": [("attn", "attn2", "mlp", "context_mlp"), JOINT, ("attn", "attn2", "mlp")],
     "flux dev": [JOINT, SINGLE, SINGLE],
     "flux schnell": [JOINT, JOINT, SINGLE, SINGLE],
 }
 MODULATIONS = (".norm1.linear", ".norm1_context.linear", ".norm.linear", ".scale_shift_table")
+GUIDED = [name for name in MODELS if name != "uvit unconditional"]
+LABELLED = [name for name in GUIDED if not name.startswith(("pixart", "sd3", "flux"))]
 DITS = [name for name in MODELS if name.startswith("dit")]
 
 
 @pytest.fixture(params=MODELS)
 def adapter(request: pytest.FixtureRequest) -> Adapter:
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=GUIDED)
+def guided_adapter(request: pytest.FixtureRequest) -> Adapter:
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=LABELLED)
+def labelled_adapter(request: pytest.FixtureRequest) -> Adapter:
     return MODELS[request.param]()
 
 
@@ -85,8 +106,8 @@ def inputs(adapter: Adapter, rows: int) -> tuple[Tensor, Tensor, dict[str, Tenso
 
 
 def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """The diffusers model's own output."""
-    if isinstance(adapter, DiT):
+    """The wrapped model's own output."""
+    if isinstance(adapter, DiT | UViT):
         return adapter.network(x, timestep=timesteps, class_labels=condition["labels"]).sample
     if isinstance(adapter, SD3):
         return adapter.network(x, condition["prompt_embeds"], condition["pooled_prompt_embeds"], timesteps).sample
@@ -114,7 +135,7 @@ def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, T
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_forward_is_bit_identical_to_diffusers(adapter: Adapter, rows: int) -> None:
+def test_forward_is_bit_identical_to_the_wrapped_model(adapter: Adapter, rows: int) -> None:
     x, timesteps, condition = inputs(adapter, rows)
     got = adapter(x, condition, adapter.step_constants(timesteps), compute_all)
     assert torch.equal(got, dense(adapter, x, timesteps, condition))
@@ -206,7 +227,8 @@ def test_mac_ratio_is_dense_over_cached(adapter: Adapter) -> None:
 
 def test_params_are_all_of_the_network_with_equal_embedders_once(adapter: Adapter) -> None:
     graph, network = adapter.graph, adapter.network
-    embedders = [b.norm1.emb.state_dict() for b in network.transformer_blocks if isinstance(adapter, DiT)]
+    blocks = network.transformer_blocks if isinstance(adapter, DiT) else ()
+    embedders = [block.norm1.emb.state_dict() for block in blocks]
     distinct = {tuple(float(tensor.double().sum()) for tensor in state.values()): state for state in embedders}
     sizes = [tensor.numel() for state in distinct.values() for tensor in state.values()]
     sizes += [parameter.numel() for name, parameter in network.named_parameters() if ".norm1.emb." not in name]
@@ -251,10 +273,17 @@ def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adap
 @pytest.mark.parametrize("name", MODELS)
 def test_names_are_unique_and_follow_the_blocks(name: str) -> None:
     adapter = MODELS[name]()
-    assert adapter.graph.names == tuple(f"{block}.{kind}" for block, of in enumerate(OF_BLOCKS[name]) for kind in of)
+    blocks, half = OF_BLOCKS[name], len(OF_BLOCKS[name]) // 2
+    names = [str(block) for block in range(len(blocks))]
+    if name.startswith("uvit"):
+        names = [*(f"in.{block}" for block in range(half)), "mid", *(f"out.{block}" for block in range(half))]
+    assert adapter.graph.names == tuple(
+        f"{block}.{kind}" for block, of in zip(names, blocks, strict=True) for kind in of
+    )
 
 
-def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Adapter) -> None:
+def test_guidance_mixes_the_guided_channels_with_the_null_condition(guided_adapter: Adapter) -> None:
+    adapter = guided_adapter
     x, timesteps, condition = inputs(adapter, 2)
     constants = adapter.step_constants(timesteps[:1])
     cond = adapter(x, condition, constants, compute_all)
@@ -269,20 +298,20 @@ def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Ada
     assert torch.equal(adapter.guided(x, condition, constants, 1.0), cond)
 
 
-def test_the_null_condition_is_one_past_the_last_label(dit_adapter: Adapter) -> None:
-    condition = dit_adapter.label_condition([0, 4])
-    assert dit_adapter.null_condition(condition)["labels"].tolist() == [5, 5]
+def test_the_null_condition_is_one_past_the_last_label(labelled_adapter: Adapter) -> None:
+    condition = labelled_adapter.label_condition([0, 4])
+    assert labelled_adapter.null_condition(condition)["labels"].tolist() == [5, 5]
     assert condition["labels"].tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
-def test_labels_out_of_range_are_refused(dit_adapter: Adapter, label: int) -> None:
+def test_labels_out_of_range_are_refused(labelled_adapter: Adapter, label: int) -> None:
     with pytest.raises(InputError, match=rf"label {label} is outside 0\.\.4"):
-        dit_adapter.label_condition([0, label])
+        labelled_adapter.label_condition([0, label])
 
 
-def test_random_conditions_cover_the_classes_and_nothing_else(dit_adapter: Adapter) -> None:
-    labels = dit_adapter.random_condition(np.random.default_rng(0), 200)["labels"]
+def test_random_conditions_cover_the_classes_and_nothing_else(labelled_adapter: Adapter) -> None:
+    labels = labelled_adapter.random_condition(np.random.default_rng(0), 200)["labels"]
     assert set(labels.tolist()) == {0, 1, 2, 3, 4}
 
 
@@ -290,8 +319,11 @@ def test_conditions_to_evaluate_with_take_turns(adapter: Adapter) -> None:
     """Every class or prompt equally often, and what is given for a row does not depend on how many there are."""
     first, more = (adapter.condition(adapter.even_conditions(count)) for count in (3, 30))
     assert all(torch.equal(first[name], more[name][:3]) for name in first)
-    told = next(iter(more.values())).flatten(1) if more.keys() != {"labels"} else more["labels"][:, None]
-    assert set(torch.unique(told, dim=0, return_counts=True)[1].tolist()) in ({30 // 5}, {30 // 3})
+    labels = adapter.conditions.get("labels")
+    told, choices = (
+        (next(iter(more.values())).flatten(1), 3) if labels is None else (more["labels"][:, None], labels.classes)
+    )
+    assert set(torch.unique(told, dim=0, return_counts=True)[1].tolist()) == {30 // choices}
 
 
 def test_the_network_is_frozen(adapter: Adapter) -> None:

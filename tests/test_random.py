@@ -26,12 +26,15 @@ from hcompress.models.random import (
     PIXART_CONFIGS,
     PREFIX,
     SD3_CONFIGS,
+    UVIT_CONFIGS,
     random_dit,
     random_pixart,
     random_scheduler,
     random_sd3,
+    random_uvit,
 )
 from hcompress.models.sd3 import SD3
+from hcompress.models.uvit_network import UViT2DModel
 from hcompress.schedule import Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
 from hcompress_export.bundle import export_bundle
@@ -39,6 +42,7 @@ from hcompress_export.bundle import export_bundle
 SMALL = CONFIGS["DiT-S-2-256"] | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 SMALL_TEXT = PIXART | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48}
 SMALL_JOINT = MEDIUM | {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "sample_size": 32}
+SMALL_UVIT = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8}
 SOLVER = {"class": "DDIMScheduler", "steps": 20, "config_hash": "any"}
 
 
@@ -74,6 +78,19 @@ def test_pixart_is_as_published(name: str) -> None:
         == sum(2 * tokens * 1152**2 for tokens in (config.sample_size**2 // 4, 300 if sigma else 120))
         + 2 * (config.sample_size**2 // 4) * (300 if sigma else 120) * 1152
     )  # q and out, k and v, both products
+
+
+@pytest.mark.parametrize(
+    ("name", "paper"), [("UViT-L-2-256", (21, 1024, 16, 287)), ("UViT-H-2-256", (29, 1152, 16, 501))]
+)
+def test_uvit_is_as_published(name: str, paper: tuple[int, ...]) -> None:
+    """Bao et al. 2023, table 1: layers, width, heads, millions of parameters."""
+    with torch.device("meta"):
+        network = UViT2DModel(**UVIT_CONFIGS[name])
+    config = network.config
+    millions = round(sum(weight.numel() for weight in network.parameters()) / 1e6)
+    assert (config.num_layers, network.inner_dim, config.num_attention_heads, millions) == paper
+    assert network.pos_embed.shape == (1, 2 + 16 * 16, network.inner_dim)
 
 
 TEXT: dict[str, Callable[[], Adapter]] = {
@@ -131,9 +148,10 @@ def test_what_is_no_weight_is_as_diffusers_computes_it() -> None:
         assert torch.equal(buffer, network.get_buffer(name))
 
 
-def test_every_branch_moves_the_output_and_nothing_blows_up() -> None:
-    adapter = random_dit(SMALL)
-    assert len(adapter.embedders) == 1
+@pytest.mark.parametrize("make", [lambda: random_dit(SMALL), lambda: random_uvit(SMALL_UVIT)], ids=["dit", "uvit"])
+def test_every_branch_moves_the_output_and_nothing_blows_up(make: Callable[[], Adapter]) -> None:
+    adapter = make()
+    assert len(getattr(adapter, "embedders", "1")) == 1
     assert all(
         0.5 < weight.std() * math.prod(weight.shape[1:]) ** 0.5 < 2
         for weight in adapter.parameters()
@@ -155,7 +173,8 @@ def test_every_branch_moves_the_output_and_nothing_blows_up() -> None:
 def test_an_unknown_random_model_lists_those_there_are(name: str) -> None:
     with pytest.raises(ModelError, match=f"no random model '{name}'; there are: ") as caught:
         load_model(name)
-    assert all(PREFIX + known in str(caught.value) for known in (*CONFIGS, *PIXART_CONFIGS, *SD3_CONFIGS))
+    known = (*CONFIGS, *PIXART_CONFIGS, *SD3_CONFIGS, *UVIT_CONFIGS)
+    assert all(PREFIX + name in str(caught.value) for name in known)
 
 
 def test_rules_on_the_command_line() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hcompress.adapter import Adapter
 from hcompress.caching.rules import interval
+from hcompress.models.dit import DiT
 from hcompress.sampling import constants_of, hard_route, sample_seeded, solver_noises, start_noise
 from hcompress.solver import SOLVERS, make_scheduler, probe
 
@@ -21,20 +22,21 @@ def run(adapter: Adapter, compute: np.ndarray | None, *, solver: str = "ddim", c
     return sample_seeded(adapter, table, LABELS, seed=SEED, cfg=cfg, compute=compute)
 
 
-def mask(seed: int = 0) -> np.ndarray:
-    compute = np.random.default_rng(seed).random((STEPS, 4)) < 0.5
+def mask(seed: int = 0, branches: int = 4) -> np.ndarray:
+    compute = np.random.default_rng(seed).random((STEPS, branches)) < 0.5
     compute[0] = True
     return compute
 
 
 def by_hand(adapter: Adapter, compute: np.ndarray, *, cfg: float) -> Tensor:
-    """A diffusers loop over the diffusers network, whose attention and MLP modules are kept from running.
+    """A diffusers loop over the wrapped network, whose attention and MLP modules are kept from running.
 
     A module's output is what is added after the gate, so a forward that returns an old one is the cache before the
     gate. Shares nothing with hcompress.sampling but the start noise.
     """
     network, scheduler = adapter.network, make_scheduler("ddim", CONFIG)
-    modules = [module for block in network.transformer_blocks for module in (block.attn1, block.ff)]
+    kinds = ("attn1", "ff") if isinstance(adapter, DiT) else ("attn", "mlp")
+    modules = [module for name, module in network.named_modules() if name.endswith(kinds)]
     kept: dict[int, Tensor] = {}
     hooks = []
     row = compute[0]
@@ -69,14 +71,22 @@ def by_hand(adapter: Adapter, compute: np.ndarray, *, cfg: float) -> Tensor:
 TOLERANCE = 2e-6
 
 
-@pytest.mark.parametrize(
-    "compute",
-    [np.ones((STEPS, 4), bool), interval(STEPS, 4, every=2), interval(STEPS, 4, every=3), mask(0), mask(1)],
-    ids=["dense", "every 2", "every 3", "random", "another"],
-)
-def test_a_schedule_means_what_a_loop_by_hand_does(tiny_dit: Adapter, compute: np.ndarray) -> None:
-    want = by_hand(tiny_dit, compute, cfg=1.5)
-    assert (run(tiny_dit, compute) - want).abs().max() <= TOLERANCE * want.abs().max()
+RULES = {
+    "dense": lambda branches: np.ones((STEPS, branches), bool),
+    "every 2": lambda branches: interval(STEPS, branches, every=2),
+    "every 3": lambda branches: interval(STEPS, branches, every=3),
+    "random": lambda branches: mask(0, branches),
+    "another": lambda branches: mask(1, branches),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("family", ["tiny_dit", "tiny_uvit"])
+def test_a_schedule_means_what_a_loop_by_hand_does(family: str, rule: str, request: pytest.FixtureRequest) -> None:
+    adapter = request.getfixturevalue(family)
+    compute = RULES[rule](len(adapter.graph))
+    want = by_hand(adapter, compute, cfg=1.5)
+    assert (run(adapter, compute) - want).abs().max() <= TOLERANCE * want.abs().max()
 
 
 def test_what_the_masks_of_these_tests_change_is_far_above_rounding(tiny_dit: Adapter) -> None:

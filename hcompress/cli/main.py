@@ -15,6 +15,7 @@ import typer
 import hcompress
 from hcompress.cli import recipes
 from hcompress.cli.bench import bench
+from hcompress.cli.convert import convert
 from hcompress.cli.doctor import doctor
 from hcompress.cli.eval import evaluate
 from hcompress.cli.export import export
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "inspect": inspect,
     "import": import_,
+    "convert": convert,
     "doctor": doctor,
 }
 

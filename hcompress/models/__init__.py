@@ -35,11 +35,19 @@ def _flux(folder: str, **source: Any) -> Adapter:
     return load_flux(Path(folder), **source)
 
 
+def _uvit(folder: str, **source: Any) -> Adapter:
+    from hcompress.models.uvit import UViT
+    from hcompress.models.uvit_network import UViT2DModel
+
+    return UViT(UViT2DModel.from_pretrained(folder, **source))
+
+
 MODELS: dict[str, Callable[..., Adapter]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "UViT2DModel": _uvit,
 }
 
 LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

@@ -70,6 +70,10 @@ MEDIUM = {  # stabilityai/stable-diffusion-3-medium, transformer/config.json
     "pos_embed_max_size": 192,
 }
 SD3_CONFIGS: dict[str, dict[str, Any]] = {"SD3-Medium-512": MEDIUM | {"sample_size": 64}, "SD3-Medium-1024": MEDIUM}
+UVIT_CONFIGS: dict[str, dict[str, Any]] = {  # Bao et al. 2023, table 1; configs/imagenet256_uvit_*.py of their code
+    "UViT-H-2-256": {"num_layers": 29, "num_attention_heads": 16, "attention_head_dim": 72, "final_conv": False},
+    "UViT-L-2-256": {"num_layers": 21, "num_attention_heads": 16, "attention_head_dim": 64},
+}
 PROMPTS = 8  # of a text model
 SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json; PixArt's noise is the same
     "_class_name": "DDIMScheduler",
@@ -91,7 +95,7 @@ FLOW: dict[str, Any] = {  # stabilityai/stable-diffusion-3-medium, scheduler/sch
 
 def random_names() -> list[str]:
     """The architectures there are, as MODEL on the command line."""
-    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS, *SD3_CONFIGS)]
+    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS, *SD3_CONFIGS, *UVIT_CONFIGS)]
 
 
 def make_random(name: str) -> Adapter:
@@ -103,6 +107,8 @@ def make_random(name: str) -> Adapter:
         return random_pixart(PIXART_CONFIGS[plain], tokens=300 if "Sigma" in plain else 120)
     if plain in SD3_CONFIGS:
         return random_sd3(SD3_CONFIGS[plain])
+    if plain in UVIT_CONFIGS:
+        return random_uvit(UVIT_CONFIGS[plain])
     raise ModelError(f"no random model {name!r}; there are: {', '.join(random_names())}")
 
 
@@ -163,6 +169,21 @@ def random_sd3(config: dict[str, Any], seed: int = 0, *, tokens: int = 333) -> A
     shapes |= {"null_embeds": (1, *embeds), "pooled_null_embeds": (1, *pooled)}
     prompts = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     return SD3(network, prompts)
+
+
+def random_uvit(config: dict[str, Any], seed: int = 0) -> Adapter:
+    """A U-ViT of `config`, drawn like a DiT, but for its norms, which scale by about 1."""
+    from hcompress.models.uvit import UViT
+    from hcompress.models.uvit_network import UViT2DModel
+
+    with torch.device("meta"):
+        network = UViT2DModel(**config)
+    network.to_empty(device="cpu")
+    _draw(network, np.random.Generator(np.random.SFC64(seed)))
+    for module in network.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.detach().add_(1)
+    return UViT(network)
 
 
 def _without_weights(family: Any, config: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
-"""Write the card of `zoo:fashion-dit`: loss curve, sample grid and quality figures, all measured here and now.
+"""Write the card of a zoo model: loss curve, sample grid and quality figures, all measured here and now.
 
-python -m hcompress.zoo.card --run runs/fashion-dit --hardware "2 CPU cores"
+python -m hcompress.zoo.card fashion-dit --run runs/fashion-dit --hardware "2 CPU cores"
 """
 
 from __future__ import annotations
@@ -11,27 +11,41 @@ from pathlib import Path
 
 from hcompress.report.quality import distribution, generate
 from hcompress.setting import open_setting
-from hcompress.zoo.train_fashion_dit import BATCH, EMA_DECAY, LABEL_DROPOUT, LEARNING_RATE
+from hcompress.zoo.fashion import CLASSES
+from hcompress.zoo.training import BATCH, EMA_DECAY, LABEL_DROPOUT, LEARNING_RATE, averaged
 
-FOLDER = Path(__file__).parent / "fashion-dit"
+KINDS = {  # what it is, its network, a remark on the parameters, the solver
+    "fashion-dit": (
+        "diffusion transformer",
+        "diffusers `DiTTransformer2DModel`",
+        ", of which each block holds an equal copy of the embedder, as diffusers has it",
+        "ddim",
+    ),
+    "fashion-uvit": (
+        "U-ViT, a diffusion transformer with long skip connections,",
+        "`UViT2DModel` of `hcompress.models.uvit_network`",
+        "",
+        "dpmsolver",
+    ),
+}
 STEPS, CFG, SAMPLES, SEED, SHOWN = 20, 1.5, 500, 0, 60
 
-CARD = """# zoo:fashion-dit
+CARD = """# zoo:{name}
 
-A class-conditional diffusion transformer on Fashion-MNIST, in pixel space: small enough to train on a laptop, real
+A class-conditional {kind} on Fashion-MNIST, in pixel space: small enough to train on a laptop, real
 enough to show what caching costs. Not for any use beyond testing and demonstrating compression methods.
 
 ![samples](samples.png)
 
-Six samples of each class (columns), DDIM, {steps} steps, guidance {cfg}, seed {seed}, not selected.
+Six samples of each class (columns), {solver}, {steps} steps, guidance {cfg}, seed {seed}, not selected.
 
 | | |
 |---|---|
-| network | diffusers `DiTTransformer2DModel`, {blocks} blocks, width {width}, patch 4 on 28 x 28, fp16 |
-| parameters | {parameters:.2f} M, of which each block holds an equal copy of the embedder, as diffusers has it |
+| network | {network}, {blocks} blocks, width {width}, patch 4 on 28 x 28, fp16 |
+| parameters | {parameters:.2f} M{remark} |
 | predicts | noise, linear betas, 1000 timesteps; class {null} is the null class of classifier-free guidance |
 | data | Fashion-MNIST, 60 000 training images (Xiao et al. 2017, MIT licence), Debian's `dataset-fashion-mnist` |
-| command | `make zoo-fashion-dit` |
+| command | `make zoo-{name}` |
 | training | {trained} steps of {batch} images, AdamW {lr:g}, EMA {ema}, label dropout {dropout:.0%}, bf16, seed 0 |
 | hardware | {hardware} |
 | licence | Apache-2.0 |
@@ -40,7 +54,7 @@ Six samples of each class (columns), DDIM, {steps} steps, guidance {cfg}, seed {
 
 ## Quality
 
-{samples} samples, {steps} DDIM steps, guidance {cfg}, seed {seed}, measured by `python -m hcompress.zoo.card`. The
+{samples} samples, {steps} {solver} steps, guidance {cfg}, seed {seed}, measured by `python -m hcompress.zoo.card`. The
 metrics are this project's own offline ones (see `../fashion-classifier`); none of them is FID or IS. The floor is real
 images against real images.
 
@@ -53,8 +67,8 @@ images against real images.
 """
 
 
-def save_loss_curve(run: Path) -> int:
-    """Draw the run's loss; returns how many steps it took."""
+def save_loss_curve(run: Path, last: int, file: Path) -> None:
+    """Draw the run's loss up to step `last`."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -62,11 +76,11 @@ def save_loss_curve(run: Path) -> int:
 
     records = {(r := json.loads(line))["step"]: r["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     figure, axes = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
-    axes.plot(list(records), list(records.values()))
+    shown = {step: loss for step, loss in records.items() if step <= last}
+    axes.plot(list(shown), list(shown.values()))
     axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(FOLDER / "loss.png", dpi=100)
-    return max(records)
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -74,23 +88,33 @@ def main() -> None:
     from hcompress_runtime.images import png
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=KINDS)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--hardware", required=True, help="what it was trained on, for people")
     args = parser.parse_args()
-    setting = open_setting("zoo:fashion-dit", "ddim", STEPS, CFG)
+    kind, network, remark, solver = KINDS[args.name]
+    folder = Path(__file__).parent / args.name
+    setting = open_setting(f"zoo:{args.name}", solver, STEPS, CFG)
     samples = generate(setting, SAMPLES, SEED)
-    (FOLDER / "samples.png").write_bytes(png(samples[:SHOWN].numpy(), columns=10))
+    _, trained = averaged(args.run)
+    save_loss_curve(args.run, trained, folder / "loss.png")
+    (folder / "samples.png").write_bytes(png(samples[:SHOWN].numpy(), columns=10))
     config = setting.adapter.config()
     card = CARD.format(
+        name=args.name,
+        kind=kind,
+        network=network,
+        remark=remark,
+        solver=solver,
         steps=STEPS,
         cfg=CFG,
         seed=SEED,
         samples=SAMPLES,
-        trained=save_loss_curve(args.run),
+        trained=trained,
         blocks=config["num_layers"],
         width=config["num_attention_heads"] * config["attention_head_dim"],
         parameters=sum(p.numel() for p in setting.adapter.parameters()) / 1e6,
-        null=config["num_embeds_ada_norm"],
+        null=len(CLASSES),
         batch=BATCH,
         lr=LEARNING_RATE,
         ema=EMA_DECAY,
@@ -98,7 +122,7 @@ def main() -> None:
         hardware=args.hardware,
         **distribution(setting, samples),
     )
-    (FOLDER / "README.md").write_text(card)
+    (folder / "README.md").write_text(card)
 
 
 if __name__ == "__main__":
