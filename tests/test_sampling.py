@@ -189,7 +189,6 @@ def test_constants_are_one_row_a_call(tiny_dit: Adapter) -> None:
 
 def test_outputs_beyond_the_sample_channels_are_left_out() -> None:
     """A learned variance takes no part in the trajectory."""
-
     adapter = make_dit(out_channels=4)
     got = run(adapter, mask())
     with torch.no_grad():
