@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from hcompress.adapter import Adapter
-from hcompress.caching.rules import interval, parse_rule, random_mask
+from hcompress.caching.rules import interval, parse_rule, random_mask, uniform_mask
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.models.loading import load_model
 from hcompress.models.pixart import PixArt
@@ -184,6 +184,7 @@ def test_rules_on_the_command_line() -> None:
         "random:0.375:7": random_mask(20, 4, cur=0.375, seed=7),
         "random:0": np.ones((20, 4), bool),
         "interval:2": interval(20, 4, every=2),
+        "uniform:0.3": uniform_mask(20, 4, cur=0.3),
     }
     for text, mask in rules.items():
         assert np.array_equal(parse_rule(text, 20, graph), mask), text
