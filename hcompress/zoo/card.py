@@ -53,8 +53,8 @@ images against real images.
 """
 
 
-def save_loss_curve(run: Path) -> int:
-    """Draw the run's loss; returns how many steps it took."""
+def save_loss_curve(run: Path, path: Path, what: str) -> int:
+    """Draw the loss of `run`, which is `what`, into `path`; returns how many steps it took."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -63,9 +63,9 @@ def save_loss_curve(run: Path) -> int:
     records = {(r := json.loads(line))["step"]: r["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     figure, axes = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
     axes.plot(list(records), list(records.values()))
-    axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
+    axes.set(xlabel="step", ylabel=what, yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(FOLDER / "loss.png", dpi=100)
+    figure.savefig(path, dpi=100)
     return max(records)
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         cfg=CFG,
         seed=SEED,
         samples=SAMPLES,
-        trained=save_loss_curve(args.run),
+        trained=save_loss_curve(args.run, FOLDER / "loss.png", "mean squared error of the noise"),
         blocks=config["num_layers"],
         width=config["num_attention_heads"] * config["attention_head_dim"],
         parameters=sum(p.numel() for p in setting.adapter.parameters()) / 1e6,
