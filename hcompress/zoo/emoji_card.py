@@ -42,17 +42,17 @@ Columns 4 and 8 are of concepts that it was never shown.
 | parameters | {parameters:.2f} M |
 | text | MiniLM-L6 token states (384 numbers each), {tokens} tokens; the null prompt is the empty one |
 | predicts | velocity, cosine betas, 1000 timesteps |
-| data | {drawings} drawings of {concepts} emoji in three styles; a tenth of all emoji is held out, by a hash of their code points |
+| data | {drawings} drawings of {concepts} emoji in three styles; a tenth of all is held out, by a hash of code points |
 | captions | `{{label}}, {{style}} style`; styles: noto, fluent, twemoji |
 | command | `make zoo-emoji-pixart` |
 | training | {trained} steps of {batch} images, AdamW {lr:g}, EMA {ema}, caption dropout {dropout:.0%}, bf16, seed 0 |
 | hardware | {hardware} |
-| licence | Apache-2.0; what it was trained on: see below |
+| licence | Apache-2.0; what it was trained on: [NOTICE.md](NOTICE.md) |
 
 ![loss](loss.png)
 
-`prompts.safetensors` holds {prompts} captions of as many concepts as MiniLM's states, every fourth of a held-out concept,
-and the null prompt: what `train` and `eval` draw from. To ask for something else:
+`prompts.safetensors` holds {prompts} captions of as many concepts as MiniLM's states, every fourth of a held-out
+concept, and the null prompt: what `train` and `eval` draw from. To ask for something else:
 
 ```
 hcompress zoo fetch-data minilm
@@ -64,8 +64,9 @@ A hash of code points holds out concepts, not ideas: "woman running" may be held
 
 ## Quality
 
-{samples} samples of the {prompts} prompts, settings as above, measured by `python -m hcompress.zoo.emoji_card`. The metrics are
-this project's own offline ones (see `../emoji-clip`); none of them is FID, KID or CLIP score. The floor is real emoji.
+{samples} samples of the {prompts} prompts, settings as above, measured by `python -m hcompress.zoo.emoji_card`. The
+metrics are this project's own offline ones (see `../emoji-clip`); none of them is FID, KID or CLIP score. The floor is
+real emoji.
 
 | | samples | floor |
 |---|---|---|
@@ -73,29 +74,6 @@ this project's own offline ones (see `../emoji-clip`); none of them is FID, KID 
 | retrieval among the prompts | {retrieval:.3f} | |
 | FD-EffLite0 | {fd_efflite0:.2f} | {fd_efflite0_floor:.2f} |
 | KID-EffLite0 x 1000 | {kid_efflite0:.2f} | {kid_efflite0_floor:.2f} |
-
-## What it was trained on
-
-- Noto Emoji, copyright Google Inc., [Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0).
-- Fluent Emoji, copyright (c) Microsoft Corporation, MIT (below).
-- Twemoji, copyright Twitter, Inc and other contributors, [CC-BY-4.0](https://creativecommons.org/licenses/by/4.0/);
-  rasterised to 32 x 32 pixels.
-- Names: Emojibase, copyright (c) 2017-2019 Miles Johnson, MIT (below). `prompts.txt` holds some of them.
-- Text encoder: all-MiniLM-L6-v2 by sentence-transformers, Apache-2.0. `prompts.safetensors` holds outputs of it.
-
-None of the drawings is in this folder.
-
-> Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
-> files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
-> modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
-> Software is furnished to do so, subject to the following conditions:
->
-> The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
->
-> THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-> WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-> COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
-> ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 
