@@ -4,7 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PATHS := hcompress export tests
 
-.PHONY: demo test test-all lint bench gpu-check zoo-fashion-dit zoo-fashion-uvit zoo-fashion-classifier clean
+.PHONY: demo test test-all lint bench gpu-check clean
+.PHONY: zoo-fashion-dit zoo-fashion-uvit zoo-fashion-classifier zoo-emoji-pixart zoo-emoji-clip
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -45,6 +46,17 @@ zoo-fashion-uvit: $(INSTALLED)
 
 zoo-fashion-classifier: $(INSTALLED)
 	@$(BIN)/python -m hcompress.zoo.train_fashion_classifier
+
+zoo-emoji-pixart: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[zoo]'
+	@$(BIN)/hcompress zoo fetch-data emoji minilm
+	@$(BIN)/python -m hcompress.zoo.train_emoji_pixart --run runs/emoji-pixart
+	@$(BIN)/python -m hcompress.zoo.train_emoji_pixart --run runs/emoji-pixart --store
+
+zoo-emoji-clip: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[zoo]'
+	@$(BIN)/hcompress zoo fetch-data emoji minilm
+	@$(BIN)/python -m hcompress.zoo.train_emoji_clip
 
 clean:
 	rm -rf .venv out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

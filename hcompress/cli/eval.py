@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-SHOWN = ("psnr_db", "ssim", "fd64", "accuracy", "precision", "recall", "cur", "mac_ratio")
+SHOWN = (
+    *("psnr_db", "ssim"),
+    *("fd64", "accuracy", "precision", "recall"),
+    *("emoji_clip", "retrieval", "fd_efflite0", "kid_efflite0"),
+    *("cur", "mac_ratio"),
+)
 
 
 def evaluate(
@@ -30,6 +36,7 @@ def evaluate(
     from rich.table import Table
 
     from hcompress.report.quality import evaluate as measure
+    from hcompress.report.quality import left_out
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
 
@@ -37,6 +44,8 @@ def evaluate(
     guidance = cfg if cfg is not None else loaded.identity.cfg or 1.0
     setting = open_setting(model, solver, int(loaded.identity.solver["steps"]), guidance, device=device)
     loaded.check_fits(setting.adapter.graph, setting.identity)
+    if note := left_out(setting):
+        print(note, file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", "cached")}
         result = measure(

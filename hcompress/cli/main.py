@@ -13,10 +13,11 @@ from typing import Annotated, NoReturn
 import typer
 
 import hcompress
-from hcompress.cli import recipes
+from hcompress.cli import recipes, zoo
 from hcompress.cli.bench import bench
 from hcompress.cli.convert import convert
 from hcompress.cli.doctor import doctor
+from hcompress.cli.encode import encode
 from hcompress.cli.eval import evaluate
 from hcompress.cli.export import export
 from hcompress.cli.generate import generate
@@ -30,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "export": export,
     "verify": verify,
+    "encode": encode,
     "generate": generate,
     "eval": evaluate,
     "bench": bench,
@@ -49,6 +51,7 @@ app = typer.Typer(
 for name, verb in VERBS.items():
     app.command(name)(verb)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(zoo.app, name="zoo")
 
 
 def _version(wanted: bool) -> None:

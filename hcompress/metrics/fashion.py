@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hcompress.errors import DataError
+from hcompress.metrics.distances import frechet_distance, moments
 from hcompress.zoo.fashion_classifier import FEATURES, NUM_CLASSES, load_classifier, load_reference
 
 MIN_SAMPLES, MAX_SAMPLES = FEATURES + 1, 5000  # a covariance of full rank; as many as there are held-out real images
@@ -64,23 +65,6 @@ def fashion_metrics(images: Tensor, labels: Tensor) -> FashionMetrics:
         class_score=class_score(logits),
         num_samples=n,
     )
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean float64[D] and covariance float64[D, D] of features [N, D]."""
-    return features.double().mean(dim=0), features.double().T.cov()
-
-
-def frechet_distance(mean: Tensor, covariance: Tensor, mean_ref: Tensor, covariance_ref: Tensor) -> float:
-    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) between two Gaussians.
-
-    Dowson and Landau 1982; Heusel et al. 2017, eq. 6.
-    The eigenvalues of S S' are those of the symmetric S^(1/2) S' S^(1/2), so no root of a general matrix is needed.
-    """
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ covariance_ref @ root).clamp(min=0).sqrt().sum()
-    return float((mean - mean_ref).square().sum() + covariance.trace() + covariance_ref.trace() - 2 * overlap)
 
 
 def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Distribution figures are the model's own offline metrics (hcompress.metrics), ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcompress.metrics.fashion import fashion_metrics
+from hcompress.errors import missing
+from hcompress.metrics.emoji import EmojiMetrics, emoji_metrics
+from hcompress.metrics.fashion import FashionMetrics, fashion_metrics
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
 from hcompress.sampling import sample_seeded
 from hcompress.setting import Setting
+from hcompress.zoo import emoji_clip
 from hcompress_runtime.conditions import Given
 
 SSIM_WINDOW = 11
@@ -56,11 +59,24 @@ def paired(samples: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
-    """FD-64, accuracy, precision and recall with their floors; empty for models that have no offline metrics."""
-    if not setting.model.name.startswith("zoo:fashion"):
+    """The offline metrics of the model's data with their floors; empty where there are none, see `left_out`."""
+    asked = balanced_labels(setting, len(samples))
+    measured: FashionMetrics | EmojiMetrics
+    if setting.model.name.startswith("zoo:fashion"):
+        measured = fashion_metrics(samples, torch.tensor(asked))
+    elif _of_emoji(setting) and isinstance(asked, Mapping) and emoji_clip.installed():
+        states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
+        measured = emoji_metrics(samples, states, mask)
+    else:
         return {}
-    measured = fashion_metrics(samples, torch.tensor(balanced_labels(setting, len(samples))))
     return {name: value for name, value in vars(measured).items() if name != "num_samples"}
+
+
+def left_out(setting: Setting) -> str | None:
+    """Why `distribution` will be empty although the model has offline metrics; None where it will not."""
+    if not _of_emoji(setting) or emoji_clip.installed():
+        return None
+    return f"emoji metrics are left out: {missing('efficientnet-lite-pytorch', 'zoo')}"
 
 
 def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
@@ -91,3 +107,7 @@ def evaluate(
         "num_samples": count,
         "seed": seed,
     }
+
+
+def _of_emoji(setting: Setting) -> bool:
+    return setting.model.name.startswith("zoo:emoji")

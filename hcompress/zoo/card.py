@@ -67,8 +67,8 @@ images against real images.
 """
 
 
-def save_loss_curve(run: Path, last: int, file: Path) -> None:
-    """Draw the run's loss up to step `last`."""
+def save_loss_curve(run: Path, path: Path, what: str, last: int | None = None) -> None:
+    """Draw the loss of `run`, which is `what`, up to step `last` into `path`."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -76,11 +76,11 @@ def save_loss_curve(run: Path, last: int, file: Path) -> None:
 
     records = {(r := json.loads(line))["step"]: r["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     figure, axes = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
-    shown = {step: loss for step, loss in records.items() if step <= last}
+    shown = {step: loss for step, loss in records.items() if last is None or step <= last}
     axes.plot(list(shown), list(shown.values()))
-    axes.set(xlabel="step", ylabel="mean squared error of the noise", yscale="log")
+    axes.set(xlabel="step", ylabel=what, yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     setting = open_setting(f"zoo:{args.name}", solver, STEPS, CFG)
     samples = generate(setting, SAMPLES, SEED)
     _, trained = averaged(args.run)
-    save_loss_curve(args.run, trained, folder / "loss.png")
+    save_loss_curve(args.run, folder / "loss.png", "mean squared error of the noise", trained)
     (folder / "samples.png").write_bytes(png(samples[:SHOWN].numpy(), columns=10))
     config = setting.adapter.config()
     card = CARD.format(

@@ -1,0 +1,83 @@
+"""Captions as token states: the tensors of a prompts file, by any text encoder that transformers knows.
+
+T5 of PixArt as well as a small BERT: what a text-conditional model wants is the encoder's last hidden state and which
+tokens count. Only local folders are read. This is the learning half's: the runtime takes prompts as embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hcompress.errors import InputError, ModelError
+
+BATCH = 64
+
+
+class TextEncoder:
+    """The encoder and tokenizer of `folder`, float32, on the CPU.
+
+    Either both lie in it side by side, as transformers saves them, or in its text_encoder/ and tokenizer/, as diffusers
+    does. Raises ModelError where they do not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+        apart = (folder / "text_encoder").is_dir()
+        model, tokenizer = (folder / "text_encoder", folder / "tokenizer") if apart else (folder, folder)
+        if not (model / "config.json").is_file():
+            raise ModelError(f"no text encoder in {folder}: it has neither text_encoder/config.json nor config.json")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+            self.model = AutoModelForTextEncoding.from_pretrained(
+                str(model), local_files_only=True, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"the text encoder in {folder} cannot be loaded ({reason}); copy it again") from error
+        self.model.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Of a token's state."""
+        return int(self.model.config.hidden_size)
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, with those that the tokenizer adds."""
+        return [len(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str], tokens: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """float32[N, tokens, width], zero where padded, and bool[N, tokens]; longer prompts are cut."""
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for start in range(0, len(prompts), BATCH):
+            batch: Any = self.tokenizer(
+                list(prompts[start : start + BATCH]),
+                padding="max_length",
+                truncation=True,
+                max_length=tokens,
+                return_tensors="pt",
+            )
+            mask = batch["attention_mask"]
+            hidden = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+            parts.append((hidden * mask[..., None], mask.bool()))
+        states, masks = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        return states, masks
+
+
+def encode(encoder: TextEncoder, prompts: Sequence[str], tokens: int, negative: str = "") -> dict[str, NDArray[Any]]:
+    """The tensors of a prompts file (hcompress_runtime.conditions) for `prompts`, led away from `negative`.
+
+    Raises InputError for no prompts.
+    """
+    if not prompts:
+        raise InputError("no prompts to encode")
+    embeds, mask = encoder.states(prompts, tokens)
+    null_embeds, null_mask = encoder.states([negative], tokens)
+    return {"prompt_embeds": embeds, "prompt_mask": mask, "null_embeds": null_embeds, "null_mask": null_mask}

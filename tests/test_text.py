@@ -1,0 +1,141 @@
+"""From text to embeddings: a tiny encoder of transformers' own, the verb, and every way in which the two do not fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit, make_pixart
+from diffusers import DPMSolverMultistepScheduler
+from safetensors.numpy import load_file
+from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5EncoderModel
+
+from hcompress.cli.main import main
+from hcompress.errors import InputError
+from hcompress.text_encoder import TextEncoder, encode
+from hcompress.zoo import data_folder
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "sad", "apple", "robot"]
+WIDTH = 10  # of conftest's PixArt, which reads 5 tokens
+
+
+def save_encoder(folder: Path, tokenizer: Path | None = None, *, width: int = WIDTH, t5: bool = False) -> Path:
+    """A random encoder in `folder`, its tokenizer beside it unless `tokenizer` says where."""
+    torch.manual_seed(0)
+    if t5:
+        small = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+        T5EncoderModel(T5Config(vocab_size=len(WORDS), **small)).save_pretrained(folder)
+    else:
+        sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        BertModel(BertConfig(vocab_size=len(WORDS), **sizes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(tokenizer or folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PixArt with a text encoder in its folder, as diffusers lays them out."""
+    folder = tmp_path_factory.mktemp("model")
+    make_pixart(own=False, channels=1, out_channels=1).network.save_pretrained(folder / "transformer")
+    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')  # which reads 120 tokens
+    save_encoder(folder / "text_encoder", folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a verb in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("t5", [False, True])
+def test_states_are_the_encoders_own_and_padding_changes_none(tmp_path: Path, t5: bool) -> None:
+    reader = TextEncoder(save_encoder(tmp_path, t5=t5))
+    prompts = ["red apple", "sad", "sad red robot"]
+    states, mask = reader.states(prompts, 6)
+    assert states.shape == (3, 6, WIDTH) and mask.sum(axis=1).tolist() == reader.lengths(prompts) == [4, 3, 5]
+    assert not states[~mask].any()
+    for prompt, row, counts in zip(prompts, states, mask, strict=True):
+        ids = reader.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        alone = reader.model(input_ids=ids).last_hidden_state[0].numpy()
+        np.testing.assert_allclose(row[counts], alone, atol=1e-5)  # float32; masked scores are -3e38, exp is 0
+
+
+def test_the_null_prompt_is_empty_unless_one_is_given(encoder: Path) -> None:
+    reader = TextEncoder(encoder)
+    plain, led = (encode(reader, ["red apple"], 5, *negative) for negative in ((), ("sad",)))
+    assert plain["null_mask"].sum() == 2 and led["null_mask"].sum() == 3  # with [CLS] and [SEP]
+    assert np.array_equal(led["null_embeds"], encode(reader, ["sad"], 5)["prompt_embeds"])
+    assert np.array_equal(plain["prompt_embeds"], led["prompt_embeds"])
+    with pytest.raises(InputError, match="no prompts"):
+        encode(reader, [], 5)
+
+
+def test_from_text_to_a_picture(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    """With the model's own encoder; and with the same one named, for the bundle, whose model has moved."""
+    out = tmp_path / "asked.safetensors"
+    done = json.loads(hcompress("encode", model, "red apple", "sad robot", "--out", out, "--json")[1])
+    assert done == {"out": str(out), "prompts": 2, "tokens": 120}
+    flags = ("--solver", "dpm++", "--steps", 2, "--prompts", out, "--out")
+    assert hcompress("generate", model, *flags, tmp_path / "model.png")[0] == 0
+
+    bundle = tmp_path / "bundle"
+    assert hcompress("export", model, "--solver", "dpm++", "--steps", 2, "--out", bundle)[0] == 0
+    moved = model.rename(tmp_path / "moved")
+    named = ("--encoder", moved, "--out", tmp_path / "bundle.safetensors")
+    assert hcompress("encode", bundle, "red apple", "sad robot", *named)[0] == 0
+    moved.rename(model)
+    first, second = load_file(out), load_file(tmp_path / "bundle.safetensors")
+    assert all(np.array_equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
+    prompts = ("--prompts", tmp_path / "bundle.safetensors", "--out", tmp_path / "bundle.png")
+    assert hcompress("generate", bundle, *prompts)[0] == 0
+
+
+def test_what_does_not_fit_is_one_line(hcompress: Any, model: Path, encoder: Path, tmp_path: Path) -> None:
+    make_dit().network.save_pretrained(tmp_path / "dit" / "transformer")
+    make_pixart().network.save_pretrained(tmp_path / "bare" / "transformer")
+    for name in ("dit", "bare"):
+        DPMSolverMultistepScheduler().save_pretrained(tmp_path / name / "scheduler")
+    wide = save_encoder(tmp_path / "wide", width=12)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    out = tmp_path / "no.safetensors"
+    for arguments, line in (
+        ((tmp_path / "dit", "red"), "takes no text; it is conditioned on labels"),
+        ((tmp_path / "bare", "red"), "comes without a text encoder; pass one as --encoder FOLDER"),
+        ((tmp_path / "bare", "red", "--encoder", tmp_path), "no text encoder in"),
+        ((tmp_path / "bare", "red", "--encoder", tmp_path / "broken"), "cannot be loaded"),
+        ((tmp_path / "bare", "red", "--encoder", wide), "gives 12 numbers a token, but"),
+        ((model, "red " * 119), "has 121 tokens, but"),
+        ((model, "red", "--negative", "sad " * 119), "shorten it"),
+    ):
+        code, _, err = hcompress("encode", *arguments, "--out", out)
+        assert code == 1 and line in err and err.count("\n") == 1 and not out.exists(), err
+
+
+def test_the_zoos_encoder_is_fetched_by_a_verb_that_the_error_names(
+    hcompress: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HCOMPRESS_DATA", str(tmp_path))
+    assert data_folder() == tmp_path
+    code, _, err = hcompress("encode", "zoo:emoji-pixart", "red apple", "--out", tmp_path / "no.safetensors")
+    assert code == 1 and "get it with `hcompress zoo fetch-data minilm`" in err and err.count("\n") == 1
