@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition, Route

@@ -39,13 +39,15 @@ def build(
     replaced: dict[int, QuantLinear] = {}
     for name, format in selection.formats.items():
         linear = adapter.network.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         if not linear.weight.isfinite().all():
             raise ModelError(f"the weight of {name} holds NaN or infinity; copy the model again")
         scale = (weight_scales or {}).get(name)
         if scale is None:
             scale = absmax_scale(linear.weight, format)
-        theirs = copy.network.get_submodule(name)
-        replaced[id(theirs)] = QuantLinear.of(linear, scale, format, scales, selection.columns.get(name))
+        replaced[id(copy.network.get_submodule(name))] = QuantLinear.of(
+            linear, scale, format, scales, selection.columns.get(name)
+        )
     replace_modules(copy.network, replaced)
     return QuantizedAdapter(copy, log_scales, timesteps, scales, plan).to(adapter.device).eval()
 

@@ -154,7 +154,7 @@ def _columns(layers: Sequence[Layer], formats: dict[str, Format]) -> dict[str, i
 
 def _with_fitting_block(adapter: Adapter, name: str, format: Format) -> Format:
     """`format` with the largest block that divides both its own and the layer's width."""
-    width = adapter.network.get_submodule(name).in_features
+    width = adapter.network.get_submodule(name).get_parameter("weight").shape[1]
     return format if format.block is None else replace(format, block=math.gcd(format.block, width))
 
 
