@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter
-from hcompress.lowbit.adapter import twin
-from hcompress.quant.build import replace_modules
+from hcompress.lowbit.adapter import replace_modules, twin
 from hcompress.quant.selection import Selection
 
 LEAST, MOST = 1e-4, 1e4  # that a channel is multiplied by, as modelopt clamps it

@@ -24,11 +24,11 @@ from torch import Tensor
 from hcompress.adapter import Adapter
 from hcompress.errors import missing
 from hcompress.lowbit.adapter import QuantizedAdapter, twin
-from hcompress.lowbit.grid import Format
+from hcompress.lowbit.grid import SMALLEST_SCALE, Format
 from hcompress.quant.balance import balanced, folds_of
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, check_amax, nearest_run, walk_through
-from hcompress.quant.selection import Selection, select
+from hcompress.quant.selection import Selection, select_as
 from hcompress.quant.settings import PtqSettings
 
 BITS: dict[str, int | tuple[int, int]] = {"int8": 8, "int4": 4, "fp8": (4, 3)}  # as modelopt calls them
@@ -44,8 +44,7 @@ def ptq(
 
     Raises MissingExtra without modelopt, ModelError for an input or weight that has no range, what `select` raises.
     """
-    modulation = None if settings.modulation == "keep" else settings.modulation
-    selection = select(adapter, settings.resolved_format, modulation=modulation, keep=settings.keep, only=settings.only)
+    selection = select_as(adapter, settings)
     algorithm: Any = "max"
     if settings.method == "int8-smoothquant":
         algorithm = {"method": "smoothquant", "alpha": settings.alpha}
@@ -108,7 +107,8 @@ def calibrate(
     for name, format in selection.formats.items():
         layer = model.network.get_submodule(name)
         amax = layer.get_submodule("weight_quantizer").get_buffer("_amax").float()
-        weight_scales[name] = amax.reshape(layer.get_parameter("weight").shape[0], -1) / format.weight_grid.high
+        scale = amax.reshape(layer.get_parameter("weight").shape[0], -1) / format.weight_grid.high
+        weight_scales[name] = scale.clamp(min=SMALLEST_SCALE)
         if smooth and name in selection.columns:
             multipliers[name] = quantizers[name].pre_quant_scale.float().flatten()
     calls, names = walk.table.num_calls, [selection.readers(column)[0] for column in range(selection.num_inputs)]

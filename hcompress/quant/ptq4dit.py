@@ -27,7 +27,7 @@ from hcompress.lowbit.linear import absmax_scale, widen
 from hcompress.quant.balance import balanced, folds_of, weight_salience
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, least_error, nearest_run, observe, watch
-from hcompress.quant.selection import select
+from hcompress.quant.selection import select_as
 from hcompress.quant.settings import PtqSettings
 
 PERCENTILES = (0.999, 0.9999, 0.99999)  # of a weight channel's range; the authors' code
@@ -41,8 +41,7 @@ def ptq4dit(
     on_call: Callable[[int], None] = lambda done: None,
 ) -> QuantizedAdapter:
     """`adapter` in few bits, its inputs balanced. Walks twice. Raises ModelError as `observe` and `select` do."""
-    modulation = None if settings.modulation == "keep" else settings.modulation
-    selection = select(adapter, settings.resolved_format, modulation=modulation, keep=settings.keep, only=settings.only)
+    selection = select_as(adapter, settings)
     folds = folds_of(adapter, selection)
     of_weights = {column: weight_salience(adapter, fold.readers) for column, fold in folds.items()}
     of_inputs = {column: Salience(weights) for column, weights in of_weights.items()}
