@@ -41,19 +41,20 @@ class Run(BaseModel):
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
-    seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
 
 class QuantRecipe(Run):
     """One quantization."""
 
     quant: Quant
+    seed: int = Field(0, ge=0, description="of the noises and the labels")
 
 
 class Recipe(Run):
     """One training run."""
 
     caching: HarmoniCaSettings
+    seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
