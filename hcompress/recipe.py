@@ -11,18 +11,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from hcompress.caching.settings import CachingSettings, HarmoniCaSettings
 from hcompress.errors import RecipeError
-from hcompress.recipe_errors import one_line
+from hcompress.quant.settings import Quant
+from hcompress.recipe_errors import one_line, section_of
 
 TARGETS = ("caching.target_cur", "caching.target_speedup")
 GOALS = ("caching.beta", "caching.alpha", "caching.every", "caching.keys", *TARGETS)  # one; a later layer's replaces it
-DEFAULT_METHOD = "harmonica"
+DEFAULT_METHODS = {"caching": "harmonica", "quant": "int8-max"}  # of the section that makes a run what it is
+Kind = TypeVar("Kind", bound="Run")
 
 
 class SolverSettings(BaseModel):
@@ -34,14 +36,26 @@ class SolverSettings(BaseModel):
     steps: int = Field(20, description="denoising steps T; one step has nothing to reuse")
 
 
-class Recipe(BaseModel):
-    """One training run."""
+class Run(BaseModel):
+    """What every kind of run has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
+
+
+class QuantRecipe(Run):
+    """One quantization."""
+
+    quant: Quant
+    seed: int = Field(0, ge=0, description="of the noises and the labels")
+
+
+class Recipe(Run):
+    """One training run."""
+
     caching: CachingSettings
     seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
@@ -84,14 +98,7 @@ def find(name: str | Path) -> Path:
 
 def resolve(file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
     """The recipe in `file` under `flags` ({"solver.steps": 10}; None = not given) under `sets` ("solver.steps=10")."""
-    given = {path: value for path, value in (flags or {}).items() if value is not None}
-    settings: dict[str, Any] = {"caching.method": DEFAULT_METHOD}
-    for layer in ({} if file is None else _flat(read(file)), given, dict(map(_assignment, sets))):
-        settings = _over(settings, layer)
-    try:
-        recipe = Recipe.model_validate(_nested(settings), strict=True)
-    except ValidationError as error:
-        raise RecipeError(one_line(error, Recipe, settings["caching.method"])) from error
+    recipe = _checked(Recipe, _layered("caching", file, flags, sets))
     caching = recipe.caching
     if not isinstance(caching, HarmoniCaSettings) or "refresh" in caching.model_fields_set:
         return recipe
@@ -99,10 +106,43 @@ def resolve(file: Path | None = None, flags: Mapping[str, Any] | None = None, se
     return recipe.model_copy(update={"caching": caching.model_copy(update={"refresh": refresh})})
 
 
+def resolve_quant(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> QuantRecipe:
+    """As `resolve`, for a recipe with a `quant:` section."""
+    return _checked(QuantRecipe, _layered("quant", file, flags, sets))
+
+
+def resolve_any(file: Path) -> Recipe | QuantRecipe:
+    """The recipe in `file`, of whichever kind its section says."""
+    return resolve_quant(file) if "quant" in read(file) else resolve(file)
+
+
+def _layered(section: str, file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:
+    """Settings by dotted path: the default method of `section`, under the file, under flags, under sets."""
+    given = {path: value for path, value in (flags or {}).items() if value is not None}
+    settings: dict[str, Any] = {f"{section}.method": DEFAULT_METHODS[section]}
+    for layer in ({} if file is None else _flat(read(file)), given, dict(map(_assignment, sets))):
+        settings = _over(settings, layer)
+    return settings
+
+
+def _checked(kind: type[Kind], settings: dict[str, Any]) -> Kind:
+    """Raises RecipeError for what does not fit `kind`, a section of another kind first."""
+    own = section_of(kind)
+    for other in {path.partition(".")[0] for path in settings} & (DEFAULT_METHODS.keys() - {own}):
+        raise RecipeError(f"a run is of one kind, and this one has a {own} section: put {other} into another recipe")
+    try:
+        return kind.model_validate(_nested(settings), strict=True)
+    except ValidationError as error:
+        raise RecipeError(one_line(error, kind, settings[f"{own}.method"])) from error
+
+
 def _over(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     """`layer` over `settings`: its goal replaces theirs, and another method all that was said but a target."""
     dropped = set() if layer.keys().isdisjoint(GOALS) else set(GOALS)
-    if layer.get("caching.method", settings["caching.method"]) != settings["caching.method"]:
+    method = settings.get("caching.method")
+    if layer.get("caching.method", method) != method:
         dropped |= {path for path in settings if path.startswith("caching.") and path not in TARGETS}
     return {path: value for path, value in settings.items() if path not in dropped} | layer
 
@@ -123,17 +163,17 @@ def read(file: Path) -> dict[Any, Any]:
     return settings
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Run) -> str:
     """YAML that resolves to an equal recipe, every default spelled out."""
     return yaml.dump(recipe.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 def schema() -> str:
     """JSON Schema of a recipe file, for editors."""
-    return json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False)
+    return json.dumps(TypeAdapter(Recipe | QuantRecipe).json_schema(), indent=2, ensure_ascii=False)
 
 
-def first_difference(old: Recipe, new: Recipe) -> str | None:
+def first_difference(old: Run, new: Run) -> str | None:
     """The first setting in which two recipes differ, such as "cfg: 1.5 != 4.0"; None where they are equal."""
     ours, theirs = _flat(old.model_dump()), _flat(new.model_dump())
     return next((f"{key}: {ours[key]} != {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)), None)

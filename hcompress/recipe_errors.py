@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,14 +12,14 @@ Model = type[BaseModel]
 
 
 def one_line(invalid: ValidationError, recipe: Model, method: object) -> str:
-    """The first offending key of a recipe whose caching method is `method`; unknown keys come first."""
-    known = methods(recipe)
+    """The first offending key of a recipe whose method is `method`; unknown keys come first."""
+    known, section = methods(recipe), section_of(recipe)
     if method not in known:
         close = difflib.get_close_matches(str(method), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(known)}"
-        return f"caching.method = {method!r} does not exist; {hint}"
+        return f"{section}.method = {method!r} does not exist; {hint}"
     settings = keys(recipe, str(method))
-    errors = [(_without_tag(error["loc"], known), error) for error in invalid.errors()]
+    errors = [(_without_tag(error["loc"], section, known), error) for error in invalid.errors()]
     for location, error in errors:
         if error["type"] == "extra_forbidden":
             return _unknown(".".join(map(str, location)), recipe, str(method))
@@ -38,9 +38,15 @@ def one_line(invalid: ValidationError, recipe: Model, method: object) -> str:
     return f"{path} = {first['input']!r} should be {', or '.join(wanted)}"
 
 
+def section_of(recipe: Model) -> str:
+    """The section that makes a run what it is: "caching" or "quant"."""
+    return "caching" if "caching" in recipe.model_fields else "quant"
+
+
 def methods(recipe: Model) -> list[str]:
-    """The caching methods."""
-    return [_name(one) for one in get_args(recipe.model_fields["caching"].annotation)]
+    """The methods that the recipe's section may name."""
+    annotation = recipe.model_fields[section_of(recipe)].annotation
+    return [name for one in get_args(annotation) or [annotation] for name in _names(one)]
 
 
 def keys(model: Model, method: str, prefix: str = "") -> dict[str, str]:
@@ -51,18 +57,19 @@ def keys(model: Model, method: str, prefix: str = "") -> dict[str, str]:
         annotated = [field.annotation, *get_args(field.annotation)]
         sections = [one for one in annotated if isinstance(one, type) and issubclass(one, BaseModel)]
         for section in sections:
-            if len(sections) == 1 or _name(section) == method:
+            if len(sections) == 1 or method in _names(section):
                 found |= keys(section, method, f"{prefix}{name}.")
     return found
 
 
-def _name(settings: Model) -> str:
-    return str(settings.model_fields["method"].default)
+def _names(settings: Any) -> tuple[str, ...]:
+    """The methods that have these settings; several may share them."""
+    return get_args(settings.model_fields["method"].annotation)
 
 
-def _without_tag(location: Sequence[int | str], known: Sequence[str]) -> Sequence[int | str]:
-    """The place of an error without the method's name, which pydantic puts after "caching"."""
-    tagged = len(location) > 1 and location[0] == "caching" and location[1] in known
+def _without_tag(location: Sequence[int | str], section: str, known: Sequence[str]) -> Sequence[int | str]:
+    """The place of an error without the method's name, which pydantic puts after the section."""
+    tagged = len(location) > 1 and location[0] == section and location[1] in known
     return [location[0], *location[2:]] if tagged else location
 
 

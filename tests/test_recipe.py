@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from hcompress.caching import CACHING
 from hcompress.errors import RecipeError
-from hcompress.recipe import TARGETS, Recipe, dump, find, first_difference, resolve, schema, shipped
+from hcompress.recipe import (
+    TARGETS,
+    QuantRecipe,
+    Recipe,
+    dump,
+    find,
+    first_difference,
+    resolve,
+    resolve_any,
+    schema,
+    shipped,
+)
 from hcompress.recipe_errors import keys, methods
 
 MODEL = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
@@ -214,10 +225,11 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
 @pytest.mark.parametrize("name", shipped())
 def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
     file = find(name)
-    recipe = resolve(file)
+    recipe = resolve_any(file)
     solver = f"{recipe.solver.name}{recipe.solver.steps}"
     model = recipe.model.removeprefix("zoo:").rpartition("/")[2].lower()
-    assert name.startswith(f"{model}_{solver}_{recipe.caching.method}")
+    method = recipe.quant.method if isinstance(recipe, QuantRecipe) else recipe.caching.method
+    assert name.startswith(f"{model}_{solver}_{method}")
     head = file.read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"--recipe {name}" in head
@@ -232,4 +244,9 @@ def test_the_first_difference_is_named():
 
 def test_the_schema_describes_every_setting():
     described = json.loads(schema())
-    assert set(described["properties"]) == set(Recipe.model_fields)
+    kinds = [set(described["$defs"][kind["$ref"].rpartition("/")[2]]["properties"]) for kind in described["anyOf"]]
+    assert {frozenset(kind - {"model", "solver", "cfg", "seed"}) for kind in kinds} == {
+        frozenset({"caching"}),
+        frozenset({"quant"}),
+    }
+    assert set(Recipe.model_fields) in kinds and set(QuantRecipe.model_fields) in kinds
