@@ -276,7 +276,9 @@ def test_conditions_to_evaluate_with_take_turns(adapter: Adapter) -> None:
     first, more = (adapter.condition(adapter.even_conditions(count)) for count in (3, 30))
     assert all(torch.equal(first[name], more[name][:3]) for name in first)
     labels = adapter.conditions.get("labels")
-    told, choices = (next(iter(more.values())).flatten(1), 3) if labels is None else (more["labels"][:, None], labels.classes)
+    told, choices = (
+        (next(iter(more.values())).flatten(1), 3) if labels is None else (more["labels"][:, None], labels.classes)
+    )
     assert set(torch.unique(told, dim=0, return_counts=True)[1].tolist()) == {30 // choices}
 
 

@@ -242,7 +242,10 @@ def changed(change: str) -> object:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"conv1.weight": torch.ones(3)}, "neither a DiT nor a U-ViT checkpoint of their authors; it holds conv1.weight"),
+        (
+            {"conv1.weight": torch.ones(3)},
+            "neither a DiT nor a U-ViT checkpoint of their authors; it holds conv1.weight",
+        ),
         ({}, "it holds nothing"),
         ([1, 2], "neither a DiT nor a U-ViT"),
         ({"epoch": 3, "state": {}}, "holds no network's tensors by name"),
@@ -267,11 +270,11 @@ def test_a_file_that_cannot_be_read_is_one_line_and_runs_nothing(
     whole = saved(tmp_path, dit_state()).read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], pickle.dumps({"x_embedder.proj.weight": Harmful()})):
         (tmp_path / "weights.pt").write_bytes(content)
-        with pytest.raises(ModelError, match="cannot read .* as a PyTorch checkpoint"):
+        with pytest.raises(ModelError, match=r"cannot read .* as a PyTorch checkpoint"):
             convert(tmp_path / "weights.pt", tmp_path / "model")
     torch.save({"x_embedder.proj.weight": Harmful()}, tmp_path / "weights.pt")
     for path in ("weights.pt", "absent.pt", "."):
-        with pytest.raises(ModelError, match="cannot read .* as a PyTorch checkpoint") as caught:
+        with pytest.raises(ModelError, match=r"cannot read .* as a PyTorch checkpoint") as caught:
             convert(tmp_path / path, tmp_path / "model")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "harm").exists()

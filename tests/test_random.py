@@ -73,7 +73,9 @@ def test_pixart_is_as_published(name: str) -> None:
     )  # q and out, k and v, both products
 
 
-@pytest.mark.parametrize(("name", "paper"), [("UViT-L-2-256", (21, 1024, 16, 287)), ("UViT-H-2-256", (29, 1152, 16, 501))])
+@pytest.mark.parametrize(
+    ("name", "paper"), [("UViT-L-2-256", (21, 1024, 16, 287)), ("UViT-H-2-256", (29, 1152, 16, 501))]
+)
 def test_uvit_is_as_published(name: str, paper: tuple[int, ...]) -> None:
     """Bao et al. 2023, table 1: layers, width, heads, millions of parameters."""
     with torch.device("meta"):

@@ -28,24 +28,24 @@ def test_slots_hold_the_tokens_of_label_and_time_too(classes: int, extras: int) 
     assert {branch.shape for branch in make_uvit(num_classes=classes).graph.branches} == {(extras + 16, 32)}
 
 
-def test_a_skip_connection_is_computed_of_what_the_reused_branches_left(tiny_uvit) -> None:
+def test_a_skip_connection_is_computed_of_what_the_reused_branches_left() -> None:
     """With every branch reused, the input still reaches the output along the skips, through all of `skip_linear`."""
-    slots = [torch.randn(2, *branch.shape) for branch in tiny_uvit.graph.branches]
-    condition, constants = tiny_uvit.label_condition([0, 1]), tiny_uvit.step_constants(torch.tensor([500.0]))
+    adapter = make_uvit()
+    slots = [torch.randn(2, *branch.shape) for branch in adapter.graph.branches]
+    condition, constants = adapter.label_condition([0, 1]), adapter.step_constants(torch.tensor([500.0]))
 
     def reused(x: torch.Tensor) -> torch.Tensor:
-        return tiny_uvit(x, condition, constants, lambda branch, compute: slots[branch])
+        return adapter(x, condition, constants, lambda branch, compute: slots[branch])
 
-    x = torch.randn(2, *tiny_uvit.sample_shape, requires_grad=True)
+    x = torch.randn(2, *adapter.sample_shape, requires_grad=True)
     (gradient,) = torch.autograd.grad(reused(x).square().sum(), x)
     assert gradient.abs().min() > 0
-    weight = tiny_uvit.network.out_blocks[0].skip_linear.weight
+    weight = adapter.network.out_blocks[0].skip_linear.weight
     before = reused(x)
     with torch.no_grad():
         width = len(weight)
         weight[:, width:].mul_(2)  # the half that takes the skip
         after = reused(x)
-        weight[:, width:].div_(2)
     assert (after - before).abs().max() > 1e-3
 
 
@@ -55,7 +55,7 @@ def test_a_model_without_a_null_class_runs_unguided_only(config: dict[str, objec
     condition, constants = adapter.label_condition([0, 0]), adapter.step_constants(torch.tensor([500.0]))
     x = torch.randn(2, *adapter.sample_shape)
     assert torch.equal(adapter.guided(x, condition, constants, 1.0), adapter(x, condition, constants, compute_all))
-    with pytest.raises(ModelError, match="without a null class, so it cannot be guided; pass --cfg 1.0"):
+    with pytest.raises(ModelError, match=r"without a null class, so it cannot be guided; pass --cfg 1\.0"):
         adapter.guided(x, condition, constants, 1.5)
 
 

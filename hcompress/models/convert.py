@@ -21,7 +21,6 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -63,10 +62,10 @@ def convert(path: Path, out: Path, heads: int | None = None) -> str:
     except OSError as error:
         raise ModelError(f"cannot write to {out}: {error.strerror or error}") from error
     config = network.config
-    parameters = sum(tensor.numel() for tensor in state.values())
+    millions = sum(tensor.numel() for tensor in state.values()) / 1e6
     return (
         f"{type(network).__name__}, {config.num_layers} blocks of width {network.inner_dim}, "
-        f"{config.num_attention_heads} heads, {parameters / 1e6:.0f} M parameters, {scheduler.config.beta_schedule} betas"
+        f"{config.num_attention_heads} heads, {millions:.0f} M parameters, {scheduler.config.beta_schedule} betas"
     )
 
 

@@ -47,7 +47,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """h + attention, then h + MLP, each behind a LayerNorm; with `skip`, first mix in the output of an earlier block."""
+    """h + attention, then h + MLP, each behind a LayerNorm; with `skip`, mix in an earlier block's output first."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, bias: bool, skip: bool) -> None:
         super().__init__()
@@ -129,9 +129,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         self.pos_embed = nn.Parameter(zeros(1, self.extras + (sample_size // patch_size) ** 2, width))
 
         def blocks(count: int, *, skip: bool) -> list[Block]:
-            return [
-                Block(width, num_attention_heads, mlp_ratio, bias=attention_bias, skip=skip) for _ in range(count)
-            ]
+            return [Block(width, num_attention_heads, mlp_ratio, bias=attention_bias, skip=skip) for _ in range(count)]
 
         self.in_blocks = nn.ModuleList(blocks(half, skip=False))
         (self.mid_block,) = blocks(1, skip=False)
