@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -300,8 +301,13 @@ def _run(scheduler: Scheduler, start: Any, outputs: Any, noises: Any) -> tuple[N
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turns whatever diffusers raises for settings it cannot serve (ValueError, IndexError, ...) into a SolverError."""
+    """Turns whatever diffusers raises for settings it cannot serve (ValueError, IndexError, ...) into a SolverError.
+
+    What it says of `dpmsolver`, that `dpmsolver++` is better, is kept back: it is asked for by name.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*algorithm_types=dpmsolver", FutureWarning)
+            yield
     except Exception as error:
         raise SolverError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error

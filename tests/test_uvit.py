@@ -55,7 +55,7 @@ def test_a_model_without_a_null_class_runs_unguided_only(config: dict[str, objec
     condition, constants = adapter.label_condition([0, 0]), adapter.step_constants(torch.tensor([500.0]))
     x = torch.randn(2, *adapter.sample_shape)
     assert torch.equal(adapter.guided(x, condition, constants, 1.0), adapter(x, condition, constants, compute_all))
-    with pytest.raises(ModelError, match=r"without a null class, so it cannot be guided; pass --cfg 1.0"):
+    with pytest.raises(ModelError, match=r"without a null class, so it cannot be guided; pass --cfg 1\.0"):
         adapter.guided(x, condition, constants, 1.5)
 
 
