@@ -95,7 +95,7 @@ class QuantLinear(nn.Module):
         step = None if grid is None else self.scales[self.index].to(x.dtype)
         if torch.compiler.is_exporting():
             name = None if grid is None else grid.name
-            return quantized_linear(x, self.integers, self.weight_scale, step, self.bias, name)
+            return quantized_linear(x, self.integers, self.weight_scale, step, self.bias, self.format.weight, name)
         if grid is not None and step is not None:
             x = grid.fake(x, step)
         return functional.linear(x, self.dequantized, self.bias)
@@ -119,9 +119,10 @@ def quantized_linear(
     weight_scale: Tensor,
     step: Tensor | None,
     bias: Tensor | None,
+    weight: str,
     activation: str | None,
 ) -> Tensor:
-    """What QuantLinear computes, as one operator for tracing. `activation` is a key of ACTIVATION_GRIDS."""
+    """What QuantLinear computes, as one operator for tracing. `weight` and `activation` are keys of their grids."""
     if activation is not None and step is not None:
         x = ACTIVATION_GRIDS[activation].fake(x, step)
     return functional.linear(x, dequantize(integers, weight_scale), bias)
@@ -134,6 +135,7 @@ def _(
     weight_scale: Tensor,
     step: Tensor | None,
     bias: Tensor | None,
+    weight: str,
     activation: str | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], integers.shape[0]))
