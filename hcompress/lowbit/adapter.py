@@ -2,15 +2,17 @@
 
 The step sizes of the layers' inputs are step constants, like all else that derives from the model call alone: so
 sampling, training, tracing and the exported graphs hand them on without knowing what they are.
+
+Legend: T model calls, K inputs that are rounded; layers that read the same tensor count as one input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, final
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition, Route
@@ -18,18 +20,19 @@ from hcompress.lowbit.linear import Scales
 from hcompress_runtime.conditions import Given
 
 SCALES = "activation_scales"
+SomeAdapter = TypeVar("SomeAdapter", bound=Adapter)
 
 
 @final
 class QuantizedAdapter(Adapter):
-    """`original` with its network's linears replaced. T calls, K layers whose input is rounded.
+    """`original` with its network's linears replaced.
 
-    log_scales: Parameter [T, K], logarithms of the step sizes; row k belongs to `timesteps`[k]
-    timesteps:  [T], the deployment grid: what the solver hands the network at each call
+    log_scales: Parameter float32[T, K], logarithms of the step sizes; row k belongs to `timesteps`[k]
+    timesteps:  float32[T], the deployment grid: what the solver hands the network at each call
     plan:       what was done to which layer, JSON-able; part of the model's identity
 
     Step sizes are no part of the network's weights, hence not of its identity: refreshing them on a cached trajectory
-    leaves the schedule valid.
+    leaves the schedule valid. `.to(dtype)` leaves them and the grid in float32.
     """
 
     log_scales: nn.Parameter
@@ -43,8 +46,8 @@ class QuantizedAdapter(Adapter):
         self.network = original.network
         self.graph, self.sample_shape = original.graph, original.sample_shape
         self.guided_channels, self.conditions = original.guided_channels, original.conditions
-        self.log_scales = nn.Parameter(log_scales, requires_grad=False)
-        self.register_buffer("timesteps", timesteps)
+        self.log_scales = nn.Parameter(log_scales.float(), requires_grad=False)
+        self.register_buffer("timesteps", timesteps.float())
 
     def config(self) -> dict[str, Any]:
         """The original's, and what was quantized how."""
@@ -75,3 +78,23 @@ class QuantizedAdapter(Adapter):
     def even_conditions(self, count: int) -> Given:
         """The original's."""
         return self.original.even_conditions(count)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAdapter:
+        scales, timesteps = self.log_scales.data, self.timesteps
+        super()._apply(fn, recurse)
+        self.log_scales.data, self.timesteps = scales.to(self.log_scales.device), timesteps.to(self.timesteps.device)
+        return self
+
+
+def twin(adapter: SomeAdapter) -> SomeAdapter:
+    """A copy whose modules may be replaced while `adapter` stays as it is; weights are shared, not copied."""
+    shared = [*adapter.parameters(), *adapter.buffers()]
+    return copy.deepcopy(adapter, {id(tensor): tensor for tensor in shared})
+
+
+def replace_modules(network: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Put `replaced`[id] in the place of each module with that id, wherever a parent holds it: it may be shared."""
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])

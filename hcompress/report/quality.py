@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcompress.metrics.fashion import fashion_metrics
+from hcompress.lowbit.artefact import network_bytes
+from hcompress.metrics.fashion import MIN_SAMPLES, fashion_metrics
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
 from hcompress.sampling import sample_seeded
 from hcompress.setting import Setting
@@ -88,6 +89,30 @@ def evaluate(
     return {
         "cached": paired(samples, reference) | distribution(setting, samples) | cost(setting, compute),
         "uncached": distribution(setting, reference) | cost(setting, everything),
+        "num_samples": count,
+        "seed": seed,
+    }
+
+
+def against_float(
+    dense: Setting,
+    quantized: Setting,
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """A model in few bits against the one it came from: {"float": {...}, "quantized": {...}, "num_samples", "seed"}.
+
+    megabytes: of the network's weights as a bundle holds them
+    """
+    reference = generate(dense, count, seed, None, lambda done: progress("float", done))
+    samples = generate(quantized, count, seed, None, lambda done: progress("quantized", done))
+    enough = count >= MIN_SAMPLES
+    return {
+        "float": (distribution(dense, reference) if enough else {}) | {"megabytes": network_bytes(dense.adapter) / 1e6},
+        "quantized": paired(samples, reference)
+        | (distribution(dense, samples) if enough else {})
+        | {"megabytes": network_bytes(quantized.adapter) / 1e6},
         "num_samples": count,
         "seed": seed,
     }
