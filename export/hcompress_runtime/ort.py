@@ -28,6 +28,7 @@ from hcompress_runtime.errors import BundleError, InputError, missing
 from hcompress_runtime.weights import find, map_weights
 
 READ, WRITTEN, WEIGHT = "cache_in.", "cache_out.", "w."
+FLOAT8E4M3FN = 17  # in ONNX; NumPy has no such type
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "gpu")}
@@ -66,7 +67,16 @@ class SharedWeights:
         from onnxruntime import OrtValue
 
         if name not in self.values:
-            self.values[name] = OrtValue.ortvalue_from_numpy(find(self.arrays, name), self.provider)
+            array = find(self.arrays, name)
+            if array.dtype != np.uint8:
+                self.values[name] = OrtValue.ortvalue_from_numpy(array, self.provider)
+            elif self.provider == "cpu":
+                self.values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, FLOAT8E4M3FN)
+            else:
+                self.values[name] = value = OrtValue.ortvalue_from_shape_and_type(
+                    array.shape, FLOAT8E4M3FN, self.provider
+                )
+                value.update_inplace(OrtValue.ortvalue_from_numpy_with_onnx_type(array, FLOAT8E4M3FN))
         return self.values[name]
 
 
@@ -141,9 +151,18 @@ class OnnxRuntime(Engine):
 
 
 def open_session(
-    graph: Path, provider: str, threads: int | None, *, prepack: bool = True, without: Sequence[str] = ()
+    graph: Path,
+    provider: str,
+    threads: int | None,
+    *,
+    prepack: bool = True,
+    without: Sequence[str] = (),
+    profile: Path | None = None,
 ) -> Any:
-    """A session of `graph` without the optimizers called `without`. Raises MissingExtra, BundleError."""
+    """A session of `graph` without the optimizers called `without`. Raises MissingExtra, BundleError.
+
+    profile: write a profile of its runs to a file of this name and more
+    """
     name, extra = PROVIDERS[provider]
     try:
         import onnxruntime as ort
@@ -159,6 +178,8 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # keeps operands close: 2 to 5 % faster
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         return ort.InferenceSession(str(graph), options, providers=[name], disabled_optimizers=[*without])
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
