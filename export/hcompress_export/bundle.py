@@ -27,8 +27,8 @@ from hcompress.schedule import Identity, Schedule
 from hcompress_export.decoder import write_decoder
 from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
-from hcompress_export.switch import switch_graph
 from hcompress_export.qdq import layers_of
+from hcompress_export.switch import switch_graph
 from hcompress_export.trace import trace
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle

@@ -29,7 +29,7 @@ PREVIEW = "preview.png"
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Relative. Float32 rounding, amplified by guidance and summed over the calls, stays below 3e-5 in practice."""
 QUANTIZED, NUDGE = 1e-3, 4
-"""Relative, for a bundle in few bits, where ties do not decide more; by how many roundings its latents are moved then."""
+"""Relative, for a bundle in few bits, where ties do not decide; and how many roundings its start is moved by to see."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A linear layer in few bits, as standard ONNX that engines recognise and compute in few bits.
 
-    x ─▶ QuantizeLinear ─▶ DequantizeLinear ─▶ Gemm ─▶ Add        QuantizeLinear: x to integers, at the step size of the call
+    x ─▶ QuantizeLinear ─▶ DequantizeLinear ─▶ Gemm ─▶ Add        to integers and back, at the step size of the call
                                                 ▲       ▲
              integers [out, in] ─▶ DequantizeLinear    bias       a scale for each output, or for each block of inputs
 
@@ -9,10 +9,10 @@ activations. The integers lie as PyTorch has them, [out, in]: rows of them are a
 `narrow` works on them too, and Gemm takes them transposed for nothing.
 
 What ONNX Runtime 1.30 makes of it on a CPU (512 x 768 x 3072, one thread, AVX-512 VNNI): with int8 on both sides
-QuantizeLinear, QGemm and Add, 3.2 ms where float32 takes 10.5. That is why the bias is not the Gemm's: with one in float
-nothing is fused, 11.9 ms. MatMul and a transposed weight would become MatMulIntegerToFloat, equally fast, but only
-where MatMulAddFusion does not come first. In all other formats the product is one of floats anyway and the Gemm has a
-bias, of zeros if need be: ONNX Runtime would make a QGemm of FP8 too, and then refuse its own graph.
+QuantizeLinear, QGemm and Add, 3.2 ms where float32 takes 10.5. That is why the bias is not the Gemm's: with one in
+float nothing is fused, 11.9 ms. MatMul and a transposed weight would become MatMulIntegerToFloat, equally fast, but
+only where MatMulAddFusion does not come first. In all other formats the product is one of floats anyway and the Gemm
+has a bias, of zeros if need be: ONNX Runtime would make a QGemm of FP8 too, and then refuse its own graph.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def quantized_linear(
 def settle(model: ir.Model) -> None:
     """Store integers and their scales as they are used.
 
-    Before: a DequantizeLinear may be given an initializer by way of Cast and Reshape. After: it is given an initializer.
+    Before: a DequantizeLinear may be given an initializer by way of Cast and Reshape. After: it is given one as it is.
     """
     graph = model.graph
     for node in [*graph]:
@@ -98,7 +98,7 @@ def settle(model: ir.Model) -> None:
 
 
 def layers_of(network: nn.Module) -> list[dict[str, Any]]:
-    """What is in few bits, for the manifest: weight, activation, block, and how many layers are so. Empty where none."""
+    """What is in few bits, for the manifest: weight, activation, block, and how many layers are so; [] if none is."""
     formats = Counter(module.format for module in network.modules() if isinstance(module, QuantLinear))
     return [
         {"weight": one.weight, "activation": one.activation, "block": one.block, "layers": count}

@@ -1,4 +1,4 @@
-"""Inputs of a graph as constants of it: TensorRT takes no step size of a QuantizeLinear that is only known at run time."""
+"""Inputs of a graph as constants of it: TensorRT takes no step size that is only known at run time."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcompress_runtime.bake import bake
 from hcompress_runtime.backends import FLAVORS, Flavor, check_target, load, make_logger, require_gpu
+from hcompress_runtime.bake import bake
 from hcompress_runtime.errors import BundleError, DiskError, EngineError, HcompressError, InputError, MissingExtra
 from hcompress_runtime.files import write_atomically
 
@@ -169,9 +169,7 @@ def _target(trt: Any, flavor: Flavor, sm: int | None) -> int:
     return gpu.sm
 
 
-def _parse(
-    parser: Any, network: Any, graph: Path, constants: Mapping[str, NDArray[np.float32]], library: str
-) -> None:
+def _parse(parser: Any, network: Any, graph: Path, constants: Mapping[str, NDArray[np.float32]], library: str) -> None:
     """Fill `network`. The line of the BundleError names each operator that is refused, and its layer."""
     again = "export the bundle again, or run it on ONNX Runtime"
     parsed = parser.parse(bake(graph, constants), str(graph)) if constants else parser.parse_from_file(str(graph))

@@ -64,4 +64,6 @@ def _line(proof: Proof) -> str:
         place = f"{drift.tensor} of call {drift.call}"
         return f"{where} first drift: {place}, {drift.error:.1e} where {proof.tolerance:.0e} is allowed"
     ran = ", ".join(f"{count} {name}" for name, count in proof.products.items())
-    return f"{where} agrees, {proof.worst:.1e} at worst where {proof.tolerance:.0e} is allowed; it runs {ran or 'engines'}"
+    return (
+        f"{where} agrees, {proof.worst:.1e} at worst where {proof.tolerance:.0e} is allowed; it runs {ran or 'engines'}"
+    )
