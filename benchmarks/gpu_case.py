@@ -9,6 +9,7 @@ Legend: B samples, T model calls, N branches.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Callable
@@ -23,7 +24,11 @@ from numpy.typing import NDArray
 
 from hcompress.adapter import Adapter
 from hcompress.caching.rules import random_mask
+from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.models.random import DIT, PREFIX, SCHEDULER, make_random, random_dit
+from hcompress.quant.build import build
+from hcompress.quant.calibration import Walk, observe
+from hcompress.quant.selection import select
 from hcompress.sampling import sample, start_noise
 from hcompress.schedule import Identity, Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
@@ -83,20 +88,33 @@ class Case:
     few: tuple[Variant, ...]
     folder: Path
     say: Callable[[str], object] = field(repr=False)
+    lowbit: dict[str, QuantizedAdapter] = field(default_factory=dict, repr=False)
 
     @property
     def weight_bytes(self) -> int:
         """Of the network, each tensor once."""
         return sum(tensor.nbytes for tensor in (*self.adapter.parameters(), *self.adapter.buffers()))
 
-    def bundle(self, variant: Variant, layout: str) -> Bundle:
-        """The bundle of `variant`, exported unless it is there."""
+    def quantized(self, format: str) -> QuantizedAdapter:
+        """The adapter in `format`, on the CPU, by the ranges that one sample shows; made once."""
+        if format not in self.lowbit:
+            self.say(f"quantizes to {format}")
+            adapter = copy.deepcopy(self.adapter).to(self.device)
+            selection = select(adapter, format, modulation=format)
+            amax = observe(adapter, selection, Walk(self.table, CFG, samples=1, batch=1)).amax
+            timesteps = torch.from_numpy(self.table.timesteps).float()
+            self.lowbit[format] = build(self.adapter, selection, amax, timesteps, {"name": "absmax"})
+        return self.lowbit[format]
+
+    def bundle(self, variant: Variant, layout: str, format: str | None = None) -> Bundle:
+        """The bundle of `variant`, of floats or in `format`, exported unless it is there."""
         from hcompress_runtime.bundle import open_bundle
 
         exporter: Any = importlib.import_module("hcompress_export.bundle")  # needs what may not be installed
         if not hasattr(exporter.trace, "cache_info"):
             exporter.trace = cache(exporter.trace)  # nine tenths of an export, and the same for all bundles of a model
-        path = self.folder / f"{layout}-{re.sub('[^0-9a-z]+', '-', variant.name.lower())}"
+        adapter = self.quantized(format) if format else self.adapter
+        path = self.folder / f"{format or 'float'}-{layout}-{re.sub('[^0-9a-z]+', '-', variant.name.lower())}"
         if path.exists():
             return open_bundle(path)
         self.say(f"exports {variant.name}")
@@ -104,7 +122,7 @@ class Case:
         if not variant.is_dense:
             schedule = Schedule(variant.compute, names, self.identity, {"name": "rule", "rule": variant.name})
         exported: Bundle = exporter.export_bundle(
-            self.adapter, self.table, self.identity, path, cfg=CFG, schedule=schedule, layout=layout, widen=True
+            adapter, self.table, self.identity, path, cfg=CFG, schedule=schedule, layout=layout, widen=True
         )
         return exported
 
