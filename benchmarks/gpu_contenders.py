@@ -203,7 +203,7 @@ def onnxruntime(layout: str, case: Case, stack: ExitStack, *, format: str | None
 
 
 def tensorrt(capture: bool, case: Case, stack: ExitStack, *, format: str | None = None) -> Prepare:
-    """A per-mask bundle, of floats or in `format`, as engines of TensorRT, or where only that is installed TensorRT-RTX; built here."""
+    """A per-mask bundle, of floats or in `format`, as engines built here: TensorRT's, or else TensorRT-RTX's."""
     _need_cuda(case)
     _need("onnx", "onnx_ir", "onnxscript")
     try:

@@ -22,6 +22,7 @@ from hcompress.lowbit.linear import QuantLinear
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, observe
 from hcompress.quant.selection import select
+from hcompress_export.narrow import parse_rows
 from hcompress_export.parity import allowed, drifts
 from hcompress_export.passes import remove_unused
 from hcompress_export.qdq import layers_of
@@ -81,9 +82,8 @@ def test_every_format_is_the_onnx_that_its_layers_predict(format: str) -> None:
             assert scale.const_value is None or (scale.const_value.numpy() > 0).all()
             assert all(not value.const_value.numpy().astype(np.float32).any() for value in zero)
     kept = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
-    stored = Counter(
-        value.const_value.dtype for value in model.graph.initializers.values() if value.const_value.size > 99
-    )
+    matrices = [value.const_value for value in model.graph.initializers.values() if len(value.const_value.shape) == 2]
+    stored = Counter(tensor.dtype for tensor in matrices)
     assert stored[kept[FORMATS[format].weight]] == len(layers)
 
 
@@ -193,14 +193,11 @@ def test_integers_are_multiplied_as_integers_in_every_layout(
 def test_a_reused_branch_leaves_only_the_rows_of_its_gate(bundles: dict[str, Exported]) -> None:
     bundle = open_bundle(bundles["embedded"].path)
     whole, part = (ir.load(bundle.path / graph).graph for graph in bundle.graphs[:2])
-    names = {str(name) for name, value in part.initializers.items() if value.dtype == ir.DataType.INT8}
-    rows = {name for name in names if name.endswith("]")}
-    assert {name.partition("[")[0] for name in rows} <= {*whole.initializers}
-    # Of 6 parts: block 0 lacks shift and scale of its MLP, block 1 those of its attention, which come first.
-    kept = {
-        part.initializers[name].shape.numpy()[0] for name in rows if part.initializers[name].shape.numpy()[-1:] == (32,)
-    }
-    assert sum(sorted(kept)) and all(size < 6 * 32 for size in kept)
+    integers = [str(name) for name, value in part.initializers.items() if value.dtype == ir.DataType.INT8]
+    rows = [found for name in integers if (found := parse_rows(name)) and found[0] in whole.initializers]
+    kept = {(begin, end) for name, begin, end in rows if len(whole.initializers[name].shape) == 2}
+    # Of six parts of 32: block 0 lacks shift and scale of its MLP, block 1 those of its attention, which come first.
+    assert kept == {(0, 3 * 32), (5 * 32, 6 * 32), (2 * 32, 6 * 32)}
     weights = {file: bundle.weight_bytes[file] for file in bundle.graphs}
     assert weights[bundle.graphs[1]] < weights[bundle.graphs[0]]
 

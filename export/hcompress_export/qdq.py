@@ -66,8 +66,8 @@ def quantized_linear(
         product = op.Gemm(rows, weights, transB=1)
         product = product if bias is None else op.Add(product, bias)
     else:
-        zeros = ir.Tensor(np.zeros(width_out, x.dtype.numpy()), dtype=x.dtype)
-        product = op.Gemm(rows, weights, op.Constant(value=zeros) if bias is None else bias, transB=1)
+        none = ir.Tensor(np.zeros(width_out, x.dtype.numpy()), dtype=x.dtype)
+        product = op.Gemm(rows, weights, op.Constant(value=none) if bias is None else bias, transB=1)
     return op.Reshape(product, op.Constant(value_ints=[-1, *inner, width_out])) if inner else product
 
 
@@ -118,6 +118,6 @@ def opset_of(network: nn.Module, default: int, asked: int | None) -> int:
     return asked or max(default, needed)
 
 
-def _zero(grid: str, *shape: int) -> ir.Tensor:
+def _zero(grid: str, *shape: int) -> ir.TensorProtocol:
     kinds = {"int8": np.int8, "int4": ml_dtypes.int4, "fp8": ml_dtypes.float8_e4m3fn}
     return ir.Tensor(np.zeros(shape, kinds[grid]), dtype=ELEMENTS[grid])
