@@ -9,10 +9,10 @@ Legend: B samples, T model calls, N branches.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,11 @@ from numpy.typing import NDArray
 
 from hcompress.adapter import Adapter
 from hcompress.caching.rules import random_mask
+from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.models.random import DIT, PREFIX, SCHEDULER, make_random, random_dit
+from hcompress.quant.build import build
+from hcompress.quant.calibration import Walk, observe
+from hcompress.quant.selection import select
 from hcompress.sampling import sample, start_noise
 from hcompress.schedule import Identity, Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
@@ -84,33 +88,48 @@ class Case:
     few: tuple[Variant, ...]
     folder: Path
     say: Callable[[str], object] = field(repr=False)
+    lowbit: dict[str, QuantizedAdapter] = field(default_factory=dict, repr=False)
+    traces: dict[str | None, ir.Model] = field(default_factory=dict, repr=False)
 
     @property
     def weight_bytes(self) -> int:
         """Of the network, each tensor once."""
         return sum(tensor.nbytes for tensor in (*self.adapter.parameters(), *self.adapter.buffers()))
 
-    @cached_property
-    def traced(self) -> ir.Model:
-        """The network as ONNX: nine tenths of an export, and the same for all bundles."""
-        from hcompress_export.trace import trace
+    def quantized(self, format: str) -> QuantizedAdapter:
+        """The adapter in `format`, on the CPU, by the ranges that one sample shows; made once."""
+        if format not in self.lowbit:
+            self.say(f"quantizes to {format}")
+            adapter = copy.deepcopy(self.adapter).to(self.device)
+            selection = select(adapter, format, modulation=format)
+            amax = observe(adapter, selection, Walk(self.table, CFG, samples=1, batch=1)).amax
+            timesteps = torch.from_numpy(self.table.timesteps).float()
+            self.lowbit[format] = build(self.adapter, selection, amax, timesteps, {"name": "absmax"})
+        return self.lowbit[format]
 
-        return trace(self.adapter, CFG)
+    def traced(self, format: str | None) -> ir.Model:
+        """The network as ONNX: nine tenths of an export, and the same for all bundles of a format; made once."""
+        from hcompress_export.trace import trace  # needs what may not be installed
 
-    def bundle(self, variant: Variant, layout: str) -> Bundle:
-        """The bundle of `variant`, exported unless it is there."""
+        if format not in self.traces:
+            self.traces[format] = trace(self.quantized(format) if format else self.adapter, CFG)
+        return self.traces[format]
+
+    def bundle(self, variant: Variant, layout: str, format: str | None = None) -> Bundle:
+        """The bundle of `variant`, of floats or in `format`, exported unless it is there."""
         from hcompress_export.bundle import export_bundle  # needs what may not be installed
         from hcompress_runtime.bundle import open_bundle
 
-        path = self.folder / f"{layout}-{re.sub('[^0-9a-z]+', '-', variant.name.lower())}"
+        adapter = self.quantized(format) if format else self.adapter
+        path = self.folder / f"{format or 'float'}-{layout}-{re.sub('[^0-9a-z]+', '-', variant.name.lower())}"
         if path.exists():
             return open_bundle(path)
         self.say(f"exports {variant.name}")
         names, schedule = self.adapter.graph.names, None
         if not variant.is_dense:
             schedule = Schedule(variant.compute, names, self.identity, {"name": "rule", "rule": variant.name})
-        options: dict[str, Any] = {"schedule": schedule, "layout": layout, "widen": True, "traced": self.traced}
-        return export_bundle(self.adapter, self.table, self.identity, path, cfg=CFG, **options)
+        options: dict[str, Any] = {"schedule": schedule, "layout": layout, "widen": True, "traced": self.traced(format)}
+        return export_bundle(adapter, self.table, self.identity, path, cfg=CFG, **options)
 
 
 def open_case(folder: Path, say: Callable[[str], object], *, tiny: bool) -> Case:

@@ -97,6 +97,7 @@ def check(case: Case, name: str, contender: Contender, end: float, tolerance: fl
             _time(case, runs, rows)
         del prepare
         runs.clear()
+    tolerance = contender.tolerance or tolerance
     for row in measured:
         if row.status == "ok" and not (row.error is not None and row.error <= tolerance):
             row.status, row.reason = "failed", f"samples are off by {row.error:.1e}, {tolerance:.0e} is allowed"

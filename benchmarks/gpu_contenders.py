@@ -159,8 +159,28 @@ def compiled(case: Case, stack: ExitStack) -> Prepare:
     return prepare
 
 
-def onnxruntime(layout: str, capture: bool, case: Case, stack: ExitStack) -> Prepare:
-    """A bundle of `layout` on ONNX Runtime, by the runtime that ships; `capture`: with its CUDA graphs."""
+def products(format: str, case: Case, stack: ExitStack) -> Prepare:
+    """PyTorch with the products of `format`, recorded: a CUDA graph for each call; on a CPU eager."""
+    from gpu_lowbit import multiplied
+
+    if format == "fp8" and case.device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise Absent("FP8 needs compute capability 8.9 or newer")
+    if format == "fp8" and case.device == "cpu":
+        raise Absent("FP8 products need a CUDA device")
+    adapter = multiplied(case.quantized(format), case.device)
+
+    def prepare(variant: Variant) -> Run:
+        loop = Loop(case, adapter, freeze(adapter.graph, variant.compute))
+        return loop.capture() if case.device == "cuda" else loop.run
+
+    return prepare
+
+
+def onnxruntime(layout: str, capture: bool, case: Case, stack: ExitStack, *, format: str | None = None) -> Prepare:
+    """A bundle of `layout`, of floats or in `format`, on ONNX Runtime, by the runtime that ships.
+
+    capture: with its CUDA graphs
+    """
     if capture:
         _need_cuda(case)
     _need("onnxruntime", "onnx", "onnx_ir", "onnxscript")
@@ -175,8 +195,8 @@ def onnxruntime(layout: str, capture: bool, case: Case, stack: ExitStack) -> Pre
         ort.preload_dlls()  # CUDA's libraries as torch brought them
 
     def prepare(variant: Variant) -> Run:
-        bundle = case.bundle(variant, layout)
-        if layout == "switch" or (capture and not variant.is_dense):  # other contenders go on with the rest
+        bundle = case.bundle(variant, layout, format)
+        if layout == "switch" or format or (capture and not variant.is_dense):  # other contenders go on with the rest
             stack.callback(shutil.rmtree, bundle.path, ignore_errors=True)
         samples = len(case.labels)
         runtime = stack.enter_context(Runtime(bundle, case.device, capture=samples if capture else None))
@@ -188,8 +208,8 @@ def onnxruntime(layout: str, capture: bool, case: Case, stack: ExitStack) -> Pre
     return prepare
 
 
-def tensorrt(capture: bool, case: Case, stack: ExitStack) -> Prepare:
-    """A per-mask bundle as engines of TensorRT, or where only that is installed TensorRT-RTX; built here."""
+def tensorrt(capture: bool, case: Case, stack: ExitStack, *, format: str | None = None) -> Prepare:
+    """A per-mask bundle, of floats or in `format`, as engines built here: TensorRT's, or else TensorRT-RTX's."""
     _need_cuda(case)
     _need("onnx", "onnx_ir", "onnxscript")
     try:
@@ -209,7 +229,7 @@ def tensorrt(capture: bool, case: Case, stack: ExitStack) -> Prepare:
         case.say(f"engine {done} of {total}: {what}")
 
     def prepare(variant: Variant) -> Run:
-        bundle = case.bundle(variant, "per-mask")
+        bundle = case.bundle(variant, "per-mask", format)
         build_engines(bundle, flavor.name, batch=(batch, batch, batch), progress=tell)
         runtime = stack.enter_context(Runtime(bundle, flavor.name, capture=batch if capture else None))
         return _prepared(lambda: runtime.generate(case.labels, SEED, batch=batch), capture)
@@ -222,14 +242,17 @@ class Contender:
     """open: see above; share: of the time left, which it may take; few: whether it gets the masks of few rows.
 
     in_torch: whether its memory is torch's, on top of the weights of `eager`
+    tolerance: of its samples against those of the float model; None: that of the precision
     """
 
     open: Callable[[Case, ExitStack], Prepare]
     share: float
     few: bool = False
     in_torch: bool = False
+    tolerance: float | None = None
 
 
+EIGHT_BITS = 0.25  # ranges are those of one sample; this finds what is broken, not what is worse
 CONTENDERS = {  # most important first
     "PyTorch eager": Contender(eager, 0.5, in_torch=True),
     "PyTorch, CUDA graphs": Contender(graphs, 0.5, in_torch=True),
@@ -237,6 +260,11 @@ CONTENDERS = {  # most important first
     "ONNX Runtime, CUDA graphs": Contender(partial(onnxruntime, "per-mask", True), 0.4),
     "TensorRT": Contender(partial(tensorrt, False), 0.6, few=True),
     "TensorRT, CUDA graphs": Contender(partial(tensorrt, True), 0.3, few=True),
+    "TensorRT, W8A8": Contender(partial(tensorrt, False, format="w8a8"), 0.4, few=True, tolerance=EIGHT_BITS),
+    "TensorRT, FP8": Contender(partial(tensorrt, False, format="fp8"), 0.4, few=True, tolerance=EIGHT_BITS),
+    "PyTorch, INT8 products": Contender(partial(products, "w8a8"), 0.3, in_torch=True, tolerance=EIGHT_BITS),
+    "PyTorch, FP8 products": Contender(partial(products, "fp8"), 0.3, in_torch=True, tolerance=EIGHT_BITS),
+    "ONNX Runtime, W8A8": Contender(partial(onnxruntime, "per-mask", False, format="w8a8"), 0.4, tolerance=EIGHT_BITS),
     "torch.compile, CUDA graphs": Contender(compiled, 0.8, few=True, in_torch=True),
     "ONNX Runtime, switch": Contender(partial(onnxruntime, "switch", False), 1.0),
 }

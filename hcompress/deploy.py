@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hcompress.errors import InputError
+from hcompress.lowbit.artefact import network_bytes
 from hcompress.models.decoder import load_decoder
 from hcompress.rundir import RunDir, own_flags
 from hcompress.schedule import Schedule
@@ -19,6 +20,7 @@ from hcompress_export.bundle import export_bundle
 from hcompress_export.merge import merge
 from hcompress_export.parity import prove
 from hcompress_export.planner import ENGINES, Estimate, choose, estimate
+from hcompress_export.qdq import layers_of
 from hcompress_runtime.backends import check_target, choose_flavor, load
 from hcompress_runtime.bundle import ITEM_BYTES, Bundle
 from hcompress_runtime.engine_cache import gpu_here
@@ -115,7 +117,8 @@ def decide(
             schedule = replace(schedule, compute=compute, method=method, logits=None)
     rows = batch * (1 if setting.cfg == 1.0 else 2)
     itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
-    every = estimate(graph, compute, rows=rows, itemsize=itemsize, backend=backend, widen=widen)
+    few_bits = network_bytes(setting.adapter, itemsize) if layers_of(setting.adapter.network) else None
+    every = estimate(graph, compute, rows=rows, itemsize=itemsize, backend=backend, widen=widen, weight_bytes=few_bits)
     if ENGINES[backend]:
         every = [one for one in every if one.layout != "switch"]  # its If would cut TensorRT's fusions
     estimates = {one.layout: one for one in every}

@@ -22,6 +22,8 @@ from hcompress_export.freeze import freeze
 ROOT = Path(__file__).parents[1]
 CUDA_ONLY = {"PyTorch, CUDA graphs", "TensorRT", "TensorRT, CUDA graphs", "torch.compile, CUDA graphs"}
 CUDA_ONLY |= {"ONNX Runtime, CUDA graphs"}
+CUDA_ONLY |= {"TensorRT, W8A8", "TensorRT, FP8", "PyTorch, FP8 products"}
+EIGHT_BITS = {"PyTorch, INT8 products", "ONNX Runtime, W8A8"}
 VARIANTS = ["dense", "CUR 37.5 %", "CUR 50 %"]
 
 
@@ -58,18 +60,20 @@ def test_tiny_mode_measures_what_runs_here_and_says_why_the_rest_does_not(tmp_pa
     rows = {(row["contender"], row["variant"]): row for row in found["rows"]}
     skipped = {contender: row for (contender, _), row in rows.items() if row["status"] == "skipped"}
     assert skipped.keys() == CUDA_ONLY
-    assert {row["reason"] for row in skipped.values()} == {"needs a CUDA device"}
+    assert all("a CUDA device" in row["reason"] for row in skipped.values())
     ran = [row for row in rows.values() if row["status"] == "ok"]
-    assert len(ran) == 9 and {row["contender"] for row in ran} == {contender for contender, _ in rows} - CUDA_ONLY
+    assert len(ran) == 15 and {row["contender"] for row in ran} == {contender for contender, _ in rows} - CUDA_ONLY
     for row in ran:
-        assert row["error"] <= found["tolerance"] == 1e-4 < min(found["caching_moves"].values())
+        # 8 bits by the ranges of one sample move a tiny random model by some per cent; broken, by its whole size.
+        assert row["error"] <= (0.1 if row["contender"] in EIGHT_BITS else found["tolerance"])
+        assert found["tolerance"] == 1e-4 < min(found["caching_moves"].values())
         assert row["latency_ms"] == np.median(row["rounds_ms"]) and len(row["rounds_ms"]) >= 3
         assert row["speedup"] == rows[row["contender"], "dense"]["latency_ms"] / row["latency_ms"]
         assert row["efficiency"] == row["speedup"] / row["mac_ratio"]
         assert row["memory_bytes"] is None  # of a GPU
     assert [row["cur"] for row in ran[:3]] == [0, 0.375, 0.5]
     text = (tmp_path / "gpu-check-cpu.md").read_text()
-    assert done.stdout == text + "\n" and done.stderr.count("needs a CUDA device") == len(CUDA_ONLY)
+    assert done.stdout == text + "\n" and done.stderr.count("a CUDA device") == len(CUDA_ONLY)
     for row in ran:
         assert f"| {row['contender']} | {row['variant']} |" in text
 

@@ -28,8 +28,9 @@ from hcompress.schedule import Identity, Schedule
 from hcompress_export.decoder import write_decoder
 from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
+from hcompress_export.qdq import layers_of
 from hcompress_export.switch import switch_graph
-from hcompress_export.trace import OPSET, trace
+from hcompress_export.trace import trace
 from hcompress_export.update import write_update
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
@@ -53,7 +54,7 @@ def export_bundle(
     layout: str = "embedded",
     widen: bool = False,
     decoder: nn.Module | None = None,
-    opset: int = OPSET,
+    opset: int | None = None,
     traced: ir.Model | None = None,
     inspect: Callable[[Path], object] = lambda folder: None,
 ) -> Bundle:
@@ -65,6 +66,7 @@ def export_bundle(
     layout:  one of hcompress_runtime.bundle.LAYOUTS, see export/FORMAT.md; without slots nothing is switched
     widen:   one graph for each distinct mask, see hcompress_export.freeze
     decoder: from latents to pictures, see hcompress.models.decoder
+    opset:   see `trace`
     traced:  what `trace` gives for this adapter, `cfg` and `opset`, for whoever exports it more than once
 
     Raises ScheduleError for a schedule of another model or solver, BundleError where `out` is something other than a
@@ -78,7 +80,7 @@ def export_bundle(
         if traced is None:
             traced = trace(adapter, cfg, opset=opset, learned_variance=table.learned is not None)
         graphs, file_of = _write_graphs(folder, traced, plan, layout)
-        write_update(folder, adapter.sample_shape, table.num_calls, opset=opset)
+        write_update(folder, adapter.sample_shape, table.num_calls, opset=traced.opset_imports[""])
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
@@ -95,8 +97,9 @@ def export_bundle(
             "sample_shape": adapter.sample_shape,
             "dtype": str(adapter.dtype).removeprefix("torch."),
             "guidance": _guidance(adapter, cfg),
+            **({"quantized": quantized} if (quantized := layers_of(adapter.network)) else {}),
             "conditions": {name: _described(one) for name, one in adapter.conditions.items()},
-            "opset": opset,
+            "opset": traced.opset_imports[""],
             "tools": {"hcompress": hcompress.__version__} | {tool: _version(tool) for tool in TOOLS},
             "branches": frozen["branches"],
             "slots": frozen["slots"],
@@ -129,8 +132,7 @@ def _write_graphs(folder: Path, traced: ir.Model, plan: Plan, layout: str) -> tu
             weight_bytes = sum(regions[name].length for name in model.graph.initializers if name in regions)
             if layout == "per-mask":
                 make_weights_inputs(model, regions)
-            else:
-                move_weights_out(model, regions, Path(WEIGHTS).name)
+            move_weights_out(model, regions, Path(WEIGHTS).name)
             content = ir.to_proto(model).SerializeToString(deterministic=True)
             file = f"{Path(WEIGHTS).parent}/{hashlib.sha256(content).hexdigest()[:16]}.onnx"
             graphs[file] = {"nodes": model.graph.num_nodes(), "weight_bytes": weight_bytes}

@@ -4,7 +4,8 @@ A block's adaLN layer gives shift, scale and gate of all its branches in one pro
 nothing else, so two thirds of its share are rows of the weight that a step graph need not read. For DiT-XL/2, where
 adaLN holds a third of all weights, a step that reuses everything reads 74 M parameters of it instead of 223 M.
 
-What is left of a weight keeps its place in the weight file: rows of it are a part of its bytes.
+What is left of a weight keeps its place in the weight file: rows of it are a part of its bytes. That holds for integers
+and their scales too, whose DequantizeLinear becomes one of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import onnx_ir as ir
 def narrow(model: ir.Model) -> None:
     """Make linear layers compute only what is used of them.
 
-    Before: Gemm, perhaps Unsqueeze, then Split into equal parts of the last axis, some without a use.
+    Before: Gemm, perhaps Add of a bias, perhaps Unsqueeze, then Split into equal parts of the last axis, some unused.
     After: one such chain for each run of neighbouring parts in use; its initializers are named by `rows_name`.
     """
     for split in [node for node in model.graph if node.op_type == "Split"]:
@@ -46,21 +47,31 @@ def parse_rows(name: str) -> tuple[str, int, int] | None:
 
 
 def _chain(split: ir.Node) -> list[ir.Node] | None:
-    """[Gemm] or [Gemm, Unsqueeze] that feed `split` alone, where its parts are equal runs of the weight's rows."""
+    """[Gemm, Add?, Unsqueeze?] that feed `split` alone, where its parts are equal runs of the weight's rows."""
     if "num_outputs" not in split.attributes:
         return None
     chain: list[ir.Node] = []
     node = _only_producer(split)
-    if node is not None and node.op_type == "Unsqueeze":
-        chain, node = [node], _only_producer(node)
+    for optional in ("Unsqueeze", "Add"):
+        if node is not None and node.op_type == optional:
+            chain, node = [node, *chain], _only_producer(node)
     if node is None or node.op_type != "Gemm" or not node.attributes.get_int("transB", 0):
         return None
-    last_axis = 1 + len(chain)
-    weights = [value.const_value for value in node.inputs[1:] if value]
-    if split.attributes.get_int("axis", 0) not in (-1, last_axis) or any(weight is None for weight in weights):
+    last_axis = 1 + sum(other.op_type == "Unsqueeze" for other in chain)
+    if split.attributes.get_int("axis", 0) not in (-1, last_axis):
         return None
-    even = all(weight is not None and len(weight.numpy()) % len(split.outputs) == 0 for weight in weights)
+    biases = [other.inputs[1] for other in chain if other.op_type == "Add"]
+    weights = [tensor for value in (*node.inputs[1:], *biases) if value for tensor in _stored(value)]
+    even = all(tensor is not None and tensor.shape.numpy()[0] % len(split.outputs) == 0 for tensor in weights)
     return [node, *chain] if even else None
+
+
+def _stored(value: ir.Value) -> list[ir.TensorProtocol | None]:
+    """The initializer that `value` is, or those that it is dequantized from; None among them for what is neither."""
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return [value.const_value]
+    return [part.const_value for part in node.inputs if part]
 
 
 def _only_producer(node: ir.Node) -> ir.Node | None:
@@ -81,10 +92,19 @@ def _runs(used: Sequence[bool]) -> Iterator[tuple[int, int]]:
 def _insert(graph: ir.Graph, chain: list[ir.Node], split: ir.Node, begin: int, end: int) -> None:
     """Compute parts `begin` to `end` of `split` before it and hand them to whom they are for."""
     gemm, *between = chain
-    weights = [_rows(graph, value, begin, end, len(split.outputs)) for value in gemm.inputs[1:] if value]
+
+    def rows(value: ir.Value) -> ir.Value:
+        node = value.producer()
+        if node is None:
+            return _rows(graph, value, begin, end, len(split.outputs))
+        parts = [rows(part) for part in node.inputs if part]
+        return _node(graph, split, node.op_type, parts, node, begin)
+
+    weights = [rows(value) for value in gemm.inputs[1:] if value]
     value = _node(graph, split, "Gemm", [gemm.inputs[0], *weights], gemm, begin)
     for node in between:
-        value = _node(graph, split, node.op_type, [value, *node.inputs[1:]], node, begin)
+        others = [rows(other) if node.op_type == "Add" and other else other for other in node.inputs[1:]]
+        value = _node(graph, split, node.op_type, [value, *others], node, begin)
     old = split.outputs[begin:end]
     if len(old) == 1:
         new: Sequence[ir.Value] = [value]

@@ -174,13 +174,22 @@ def move_weights_out(model: ir.Model, regions: Mapping[str, Region], file: str) 
 
 
 def make_weights_inputs(model: ir.Model, regions: Mapping[str, Region]) -> None:
-    """Before: initializers hold their bytes. After: those named in `regions` are inputs, for whoever runs to bind."""
+    """Before: initializers hold their bytes. After: those named in `regions` are inputs, for whoever runs to bind.
+
+    What TensorRT wants to be constant stays: scales and zero points, and INT4, of which ONNX Runtime's Python has no
+    values either.
+    """
     graph = model.graph
     for name in [name for name in graph.initializers if name in regions]:
-        value = graph.initializers.pop(name)
+        value = graph.initializers[name]
+        if any(use.node.op_type == "DequantizeLinear" and use.idx > 0 for use in value.uses()):
+            continue
         tensor = value.const_value
         if tensor is None:
             raise AssertionError(f"initializer {name} has no value")
+        if tensor.dtype == ir.DataType.INT4:
+            continue
+        del graph.initializers[name]
         value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value.const_value = None
         graph.inputs.append(value)

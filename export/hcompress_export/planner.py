@@ -74,14 +74,22 @@ class Estimate:
 
 
 def estimate(
-    graph: BranchGraph, compute: NDArray[np.bool_], *, rows: int, itemsize: int, backend: str, widen: bool = False
+    graph: BranchGraph,
+    compute: NDArray[np.bool_],
+    *,
+    rows: int,
+    itemsize: int,
+    backend: str,
+    widen: bool = False,
+    weight_bytes: int | None = None,
 ) -> list[Estimate]:
     """An Estimate of each layout, for `compute`, bool[T, N].
 
     rows:     of the network's batch: samples, doubled by guidance
-    itemsize: bytes of an element of weights, slots and activations
+    itemsize: bytes of an element of slots and activations, and of weights
     backend:  `ort-cpu`, `ort-cuda`, `tensorrt` or `rtx`
     widen:    as in `freeze`
+    weight_bytes: of all weights where they are in few bits; all parts of the network are taken to save as much
 
     Raises ScheduleError for a mask that does not fit, InputError for another backend.
     """
@@ -89,29 +97,31 @@ def estimate(
     plan = freeze(graph, compute, widen=widen)
     params_of = {branch.name: branch.params for branch in graph.branches}
     patterns = [computes for computes, _, _ in plan.patterns]
-    used = [itemsize * (graph.other_params + sum(params_of[name] for name in computes)) for computes in patterns]
+    each = itemsize if weight_bytes is None else weight_bytes / graph.total_params
+    params = [graph.other_params + sum(params_of[name] for name in computes) for computes in patterns]
+    used = [int(each * count) for count in params]
     computed = [len(computes) for computes in patterns]
-    whole = itemsize * graph.total_params
+    whole = int(each * graph.total_params)
     peak = plan.peak_cache_bytes(rows, itemsize)
     slots = rows * itemsize * sum(prod(shape) for shape in plan.slots.values())
     activations = rows * itemsize * _scratch_elements(graph, fused=engines)
 
-    def layout(name: str, computed: list[int], used: list[int], held: int, cache_bytes: int) -> Estimate:
-        """computed: branches in each graph; used: bytes of weights of each; held: of all copies that are made."""
+    def layout(name: str, computed: list[int], params: list[int], held: int, cache_bytes: int) -> Estimate:
+        """computed: branches in each graph; params: of each; held: bytes of all copies of weights that are made."""
         inside = 0 if name == "per-mask" else held
         code = sum(map(_engine_bytes, computed)) if engines else 0
         disk_bytes = whole + sum(_graph_bytes(len(graph), count) for count in computed)
         if engines:
             disk_bytes += inside + code
-            build_s = len(used) * BUILD_S + sum(used) / itemsize * BUILD_S_PER_PARAM[name]
+            build_s = len(params) * BUILD_S + sum(params) * BUILD_S_PER_PARAM[name]
         else:
-            build_s = len(used) * LOAD_S + inside * LOAD_S_PER_BYTE
-        return Estimate(name, len(used), disk_bytes, held, cache_bytes, activations + code, build_s)
+            build_s = len(params) * LOAD_S + inside * LOAD_S_PER_BYTE
+        return Estimate(name, len(params), disk_bytes, held, cache_bytes, activations + code, build_s)
 
     return [
-        layout("embedded", computed, used, sum(used), peak),
-        layout("per-mask", computed, used, whole, peak),
-        layout("switch", [len(graph)], [whole], whole, slots),
+        layout("embedded", computed, params, sum(used), peak),
+        layout("per-mask", computed, params, whole, peak),
+        layout("switch", [len(graph)], [graph.total_params], whole, slots),
     ]
 
 

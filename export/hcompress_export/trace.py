@@ -29,17 +29,20 @@ from torch import Tensor, nn
 from hcompress.adapter import Adapter, Condition
 from hcompress.sampling import fill_route, solver_output
 from hcompress_export.passes import count_by_latent, keep_slots_flat, name_batch, name_weights_by_content
+from hcompress_export.qdq import opset_of, settle
 from hcompress_export.translate import TRANSLATIONS
 from hcompress_runtime.conditions import example
 
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
 
 
-def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET, learned_variance: bool = False) -> ir.Model:
+def trace(adapter: Adapter, cfg: float, *, opset: int | None = None, learned_variance: bool = False) -> ir.Model:
     """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided`.
 
+    opset: OPSET or, for what that has no types for, the oldest that has. Raises InputError for one that is too old.
     learned_variance: under a solver that scales its noise by the model's own guess
     """
+    opset = opset_of(adapter.network, OPSET, opset)
     device = adapter.device
     latent = torch.zeros(3, *adapter.sample_shape, device=device)  # 3: torch.export takes 0 and 1 for constants
     condition = dict(adapter.condition(example(adapter.conditions, len(latent))))
@@ -72,6 +75,7 @@ def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET, learned_variance:
             verbose=False,
         )
     model = cast(Any, exported).model
+    settle(model)
     name_batch(model)
     count_by_latent(model)
     keep_slots_flat(model)

@@ -19,6 +19,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
 
+from hcompress_export.qdq import quantized_linear
+
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """x [..., in] times weight [out, in], plus bias [out]."""
@@ -74,6 +76,7 @@ def convolution(
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: linear,
+    torch.ops.hcompress.quantized_linear.default: quantized_linear,
     torch.ops.aten.conv2d.default: convolution,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
 }

@@ -20,6 +20,8 @@ DTYPES = {
     ir.DataType.BFLOAT16: "BF16",
     ir.DataType.INT64: "I64",
     ir.DataType.INT8: "I8",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+    ir.DataType.INT4: "U8",  # which safetensors lacks: two to a byte, the lower half first
 }
 
 
@@ -44,7 +46,7 @@ def write_weights(path: Path, models: Iterable[ir.Model]) -> dict[str, Region]:
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes
-        shape = [int(size) for size in tensor.shape.numpy()]
+        shape = [int(size) for size in tensor.shape.numpy()] if tensor.dtype.itemsize >= 1 else [tensor.nbytes]
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = _header(header)
 
@@ -57,7 +59,7 @@ def write_weights(path: Path, models: Iterable[ir.Model]) -> dict[str, Region]:
     spans = {name: entry["data_offsets"] for name, entry in header.items()}
     regions = {name: Region(len(text) + begin, end - begin) for name, (begin, end) in spans.items()}
     for name, (whole, first, last) in parts.items():
-        row_bytes = regions[whole].length // header[whole]["shape"][0]
+        row_bytes = regions[whole].length // int(tensors[whole].shape.numpy()[0])
         regions[name] = Region(regions[whole].offset + first * row_bytes, (last - first) * row_bytes)
     return regions
 

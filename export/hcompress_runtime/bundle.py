@@ -27,6 +27,7 @@ UPDATE = "update.onnx"  # what follows each call
 DECODER = "decoder/decoder.onnx"  # of latent models; absent in pixel space
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of what a network may compute in
 LAYOUTS = ("embedded", "per-mask", "switch")
+SCALES = "activation_scales"  # the step constant [1, K] that holds step sizes of quantized inputs
 AGAIN = "export or copy it again"
 
 

@@ -22,8 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hcompress_runtime.backends import Flavor, check_target, choose_flavor, load, require_gpu
-from hcompress_runtime.bundle import MANIFEST, Bundle, open_bundle
+from hcompress_runtime.bundle import MANIFEST, SCALES, Bundle, open_bundle
 from hcompress_runtime.errors import BundleError, EngineError, HcompressError, InputError
 from hcompress_runtime.files import write_atomically
 from hcompress_runtime.trt_build import Batch, build_engine, check_batch
@@ -170,10 +173,19 @@ def _build_one(bundle: Bundle, target: Target, graph: str, batch: Batch, say: Ca
             batch=batch,
             per_sample=tokens,
             timing_cache=folder / "timing.cache",
+            constants=_step_sizes(bundle, graph),
         )
         entry = {"bytes": built.engine_bytes, "sha256": built.sha256, "seconds": round(built.seconds, 3)}
         text = json.dumps(head | {"engines": engines | {file.name: entry}}, indent=1)
         write_atomically(folder / RECORD, text.encode())
+
+
+def _step_sizes(bundle: Bundle, graph: str) -> dict[str, NDArray[np.float32]]:
+    """What an engine of `graph` holds of a quantized bundle: the largest step sizes of the calls that it serves."""
+    if SCALES not in bundle.constants:
+        return {}
+    served = [call for call, other in enumerate(bundle.graphs) if other == graph]
+    return {f"step.{SCALES}": bundle.constants[SCALES][served].max(axis=0, keepdims=True)}
 
 
 @contextmanager

@@ -33,7 +33,8 @@ from hcompress_runtime.errors import BundleError, EngineError, InputError, missi
 from hcompress_runtime.weights import find, map_weights, widen
 
 SLOT, WEIGHT = "cache_in.", "w."
-BFLOAT16 = 16  # in ONNX; NumPy has no such type
+BFLOAT16, FLOAT8E4M3FN = 16, 17  # in ONNX; NumPy has no such types
+RAW = {np.dtype(np.uint16): BFLOAT16, np.dtype(np.uint8): FLOAT8E4M3FN}  # what hcompress_runtime.weights has them as
 ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": BFLOAT16}
 PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
 PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "gpu")}
@@ -81,11 +82,11 @@ class SharedWeights:
 
         if name not in self.values:
             array = find(self.arrays, name)
-            if array.dtype != np.uint16:
+            if (element := RAW.get(array.dtype)) is None:
                 self.values[name] = OrtValue.ortvalue_from_numpy(array, self.provider)
             else:
-                self.values[name] = value = OrtValue.ortvalue_from_shape_and_type(array.shape, BFLOAT16, self.provider)
-                value.update_inplace(OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16))
+                self.values[name] = value = OrtValue.ortvalue_from_shape_and_type(array.shape, element, self.provider)
+                value.update_inplace(OrtValue.ortvalue_from_numpy_with_onnx_type(array, element))
         return self.values[name]
 
 
@@ -214,12 +215,14 @@ def open_session(
     prepack: bool = True,
     without: Sequence[str] = (),
     capture: int | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """A session of `graph` without the optimizers called `without`.
 
     Raises MissingExtra, BundleError, and EngineError for a precision that the provider has no kernels for.
 
     capture: fix the batch to so many samples, and on CUDA let runs be recorded
+    profile: write a profile of its runs to a file of this name and more
     """
     name, extra = PROVIDERS[provider]
     try:
@@ -239,6 +242,8 @@ def open_session(
     if capture:
         options.add_free_dimension_override_by_name("batch", capture)  # shapes become constants, none left to a CPU
     settings = [{"enable_cuda_graph": str(int(bool(capture)))}] if provider == "cuda" else [{}]
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         return ort.InferenceSession(str(graph), options, [name], settings, disabled_optimizers=[*without])
     except Exception as error:  # onnxruntime's exceptions share no base class but this one

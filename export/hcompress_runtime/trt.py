@@ -258,5 +258,6 @@ class TensorRT(Engine):
 
 
 def _numpy_dtype(trt: Any, dtype: Any) -> np.dtype[Any]:
-    """NumPy's name for a type of the library; for bfloat16 that of its bits."""
-    return np.dtype(np.uint16 if dtype == trt.DataType.BF16 else trt.nptype(dtype))
+    """NumPy's name for a type of the library; for bfloat16 and float8 that of their bits."""
+    bits = {trt.DataType.BF16: np.uint16, trt.DataType.FP8: np.uint8}
+    return np.dtype(bits[dtype] if dtype in bits else trt.nptype(dtype))

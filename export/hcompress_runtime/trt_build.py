@@ -23,7 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hcompress_runtime.backends import FLAVORS, Flavor, check_target, load, make_logger, require_gpu
+from hcompress_runtime.bake import bake
 from hcompress_runtime.errors import BundleError, DiskError, EngineError, HcompressError, InputError, MissingExtra
 from hcompress_runtime.files import write_atomically
 
@@ -43,6 +47,7 @@ class Request:
     batch: Batch
     per_sample: Mapping[str, int]
     timing_cache: str | None
+    constants: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,14 @@ def build_engine(
     batch: Batch,
     per_sample: Mapping[str, int],
     timing_cache: Path | None = None,
+    constants: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Built:
     """Build the ONNX file `graph` into the engine file `out`, which is replaced whole or not touched.
 
     flavor:       a key of FLAVORS
     sm:           compute capability as in sm_89; None, and for TensorRT always, that of the GPU here
     per_sample:   input name -> how much of its first dimension one sample takes; 1 where absent
+    constants:    inputs that the engine shall hold as they are here, instead of asking for them
     timing_cache: TensorRT's file of kernel timings, read and brought up to date; TensorRT-RTX has none
 
     Raises BundleError for a graph that is broken or that the library cannot take, with the operator and its layer;
@@ -86,7 +93,8 @@ def build_engine(
     """
     check_batch(batch)
     timings = str(timing_cache) if timing_cache else None
-    request = Request(str(graph), str(out), flavor, sm, batch, dict(per_sample), timings)
+    plain = {name: array.tolist() for name, array in (constants or {}).items()}
+    request = Request(str(graph), str(out), flavor, sm, batch, dict(per_sample), timings, plain)
     command = [sys.executable, "-P", "-m", "hcompress_runtime.trt_build"]
     done = subprocess.run(command, input=json.dumps(asdict(request)), capture_output=True, text=True, check=False)
     if done.returncode < 0:
@@ -118,7 +126,8 @@ def _build(request: Request) -> Built:
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    _parse(parser, network, graph, f"{flavor.title} {trt.__version__}")
+    constants = {name: np.array(values, np.float32) for name, values in request.constants.items()}
+    _parse(parser, network, graph, constants, f"{flavor.title} {trt.__version__}")
     config = builder.create_builder_config()
     if flavor.name == "rtx":
         config.num_compute_capabilities = 1
@@ -160,10 +169,11 @@ def _target(trt: Any, flavor: Flavor, sm: int | None) -> int:
     return gpu.sm
 
 
-def _parse(parser: Any, network: Any, graph: Path, library: str) -> None:
+def _parse(parser: Any, network: Any, graph: Path, constants: Mapping[str, NDArray[np.float32]], library: str) -> None:
     """Fill `network`. The line of the BundleError names each operator that is refused, and its layer."""
     again = "export the bundle again, or run it on ONNX Runtime"
-    if not parser.parse_from_file(str(graph)):
+    parsed = parser.parse(bake(graph, constants), str(graph)) if constants else parser.parse_from_file(str(graph))
+    if not parsed:
         reasons = []
         for problem in (parser.get_error(index) for index in range(parser.num_errors)):
             layer = f"operator {problem.node_operator()} in layer {problem.node_name()!r}, "

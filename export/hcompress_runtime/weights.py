@@ -18,6 +18,8 @@ DTYPES = {
     "BF16": np.uint16,  # numpy has no bfloat16: its bits
     "I64": np.int64,
     "I8": np.int8,
+    "F8_E4M3": np.uint8,  # numpy has no float8 either
+    "U8": np.uint8,  # int4, two to a byte
 }
 
 

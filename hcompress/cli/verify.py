@@ -51,6 +51,7 @@ def _plain(proof: Proof) -> dict[str, Any]:
         "skipped": proof.skipped,
         "tolerance": proof.tolerance,
         "worst": proof.worst,
+        "products": dict(proof.products),
         "first_drift": drift and {"call": drift.call, "tensor": drift.tensor, "error": drift.error},
     }
 
@@ -62,4 +63,7 @@ def _line(proof: Proof) -> str:
     if drift := proof.first_drift:
         place = f"{drift.tensor} of call {drift.call}"
         return f"{where} first drift: {place}, {drift.error:.1e} where {proof.tolerance:.0e} is allowed"
-    return f"{where} agrees, {proof.worst:.1e} at worst where {proof.tolerance:.0e} is allowed"
+    ran = ", ".join(f"{count} {name}" for name, count in proof.products.items())
+    return (
+        f"{where} agrees, {proof.worst:.1e} at worst where {proof.tolerance:.0e} is allowed; it runs {ran or 'engines'}"
+    )

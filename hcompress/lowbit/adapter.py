@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition, Route
 from hcompress.lowbit.linear import Scales
+from hcompress_runtime.bundle import SCALES
 from hcompress_runtime.conditions import Given
 
-SCALES = "activation_scales"
 SomeAdapter = TypeVar("SomeAdapter", bound=Adapter)
 
 

@@ -137,10 +137,13 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[Origin, dict[str, Tensor
         raise ModelError(f"{path} lacks or garbles {error}; copy it or quantize anew") from error
 
 
-def network_bytes(adapter: Adapter) -> int:
-    """Bytes of the network's weights as a bundle holds them, in the dtypes they are in; equal modules count once."""
+def network_bytes(adapter: Adapter, itemsize: int | None = None) -> int:
+    """Bytes of the network's weights as a bundle holds them; equal modules count once.
+
+    itemsize: of the weights that stay floats; None: as they are
+    """
     layers = [module for _, module in _quantized(adapter.network)]
     scales = sum(4 * layer.weight_scale.numel() for layer in layers)
     integers = sum(layer.integers.numel() // (2 if _packed(layer.format, layer.in_features) else 1) for layer in layers)
     floats = adapter.graph.total_params - sum(layer.integers.numel() for layer in layers)
-    return scales + integers + floats * adapter.dtype.itemsize
+    return scales + integers + floats * (itemsize or adapter.dtype.itemsize)

@@ -99,7 +99,7 @@ class QuantLinear(nn.Module):
         step = None if self.column is None else self.scales[self.column].to(x.dtype)
         if torch.compiler.is_exporting():
             name = None if grid is None else grid.name
-            return quantized_linear(x, self.integers, self.weight_scale, step, self.bias, name)
+            return quantized_linear(x, self.integers, self.weight_scale, step, self.bias, self.format.weight, name)
         if grid is not None and step is not None:
             x = grid.fake(x, step)
         return functional.linear(x, dequantize(self.integers, self.weight_scale).to(x.dtype), self.bias)
@@ -136,9 +136,10 @@ def quantized_linear(
     weight_scale: Tensor,
     step: Tensor | None,
     bias: Tensor | None,
+    weight: str,
     activation: str | None,
 ) -> Tensor:
-    """What QuantLinear computes, as one operator for tracing. `activation` is a key of ACTIVATION_GRIDS."""
+    """What QuantLinear computes, as one operator for tracing. `weight` and `activation` are keys of their grids."""
     if activation is not None and step is not None:
         x = ACTIVATION_GRIDS[activation].fake(x, step)
     return functional.linear(x, dequantize(integers, weight_scale).to(x.dtype), bias)
@@ -151,6 +152,7 @@ def _(
     weight_scale: Tensor,
     step: Tensor | None,
     bias: Tensor | None,
+    weight: str,
     activation: str | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], integers.shape[0]))

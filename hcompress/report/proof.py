@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from hcompress.errors import BundleError, EngineError, MissingExtra
 from hcompress.models.loading import load_model
 from hcompress.schedule import Schedule
 from hcompress_export.bundle import SCHEDULE
-from hcompress_export.parity import TOLERANCE, Drift, drifts, first_drift
+from hcompress_export.parity import Drift, allowed, drifts, first_drift
 from hcompress_runtime.backends import FLAVORS
 from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
 from hcompress_runtime.conditions import example
+from hcompress_runtime.kernels import OF_FLOATS, OF_INTEGERS, executed
 from hcompress_runtime.ort import PROVIDERS
 from hcompress_runtime.runtime import Runtime
 
@@ -28,14 +31,16 @@ class Proof:
     skipped:     why the backend cannot run here; all else is void then
     worst:       the largest drift of all calls and tensors
     first_drift: the first beyond `tolerance`
+    products:    the matrix products that the first call runs on ONNX Runtime, by operator; from its own profile
     """
 
     bundle: Path
     backend: str
-    tolerance: float
+    tolerance: float = 0.0
     worst: float = 0.0
     first_drift: Drift | None = None
     skipped: str | None = None
+    products: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -57,20 +62,25 @@ def prove_all(
         raise BundleError(f"{name} has other weights than {path}; pass the model it was made from with --model")
     proofs = []
     for bundle in bundles:
-        allowed = tolerance or TOLERANCE[bundle.manifest["dtype"]]
         for backend in backends:
             try:
                 runtime = Runtime(bundle, backend)
             except (MissingExtra, EngineError) as error:
-                proofs.append(Proof(bundle.path, backend, allowed, skipped=str(error)))
+                proofs.append(Proof(bundle.path, backend, skipped=str(error)))
                 continue
             with runtime:
                 least, most = runtime.batches  # an engine may be built for some only
                 given = example(bundle.conditions, int(np.clip(samples, least, most)))
                 found = drifts(adapter, runtime, given, _mask(bundle), seed=seed)
+                limit = tolerance or allowed(adapter, runtime, given, _mask(bundle), seed=seed)
+            ran = executed(bundle, backend)[bundle.graphs[0]] if backend in PROVIDERS else Counter[str]()
             worst = float(np.max([drift.error for drift in found]))
-            proofs.append(Proof(bundle.path, backend, allowed, worst, first_drift(found, allowed)))
+            proofs.append(Proof(bundle.path, backend, limit, worst, first_drift(found, limit), products=_products(ran)))
     return proofs
+
+
+def _products(ran: Mapping[str, int]) -> dict[str, int]:
+    return {name: ran[name] for name in (*OF_INTEGERS, *OF_FLOATS) if ran.get(name)}
 
 
 def _mask(bundle: Bundle) -> NDArray[np.bool_] | None:

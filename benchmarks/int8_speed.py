@@ -1,0 +1,153 @@
+"""What 8 bits and a cache gain together on ONNX Runtime CPU, on a model of 131 M parameters.
+
+    python benchmarks/int8_speed.py                 # random:DiT-B-2-256, 10 steps, CUR 40 %; about ten minutes
+
+One run, contenders in turns, medians: float32 and W8A8 (adaLN in W8A8 too, embedders and last layers in float32), each
+dense and under one random mask, all `switch` or dense, so one session each with weights packed once.
+
+composed   speed-up of the cached W8A8 bundle over that of W8A8 alone times that of the cache alone
+products   what the profile of the W8A8 bundle says was run; time by operator is of its first call
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from hcompress.caching.rules import parse_rule
+from hcompress.deploy import decide, deploy
+from hcompress.errors import HcompressError
+from hcompress.lowbit.adapter import QuantizedAdapter
+from hcompress.quant.build import build
+from hcompress.quant.calibration import Walk, observe
+from hcompress.quant.selection import select
+from hcompress.quantize import with_adapter
+from hcompress.rundir import environment
+from hcompress.schedule import Schedule
+from hcompress.setting import Setting, open_setting
+from hcompress_runtime import Runtime
+from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
+from hcompress_runtime.kernels import OF_FLOATS, OF_INTEGERS, executed, milliseconds
+from hcompress_runtime.measure import interleaved
+
+CFG = 1.5
+
+
+def quantized(setting: Setting, format: str = "w8a8", *, ranges: float | None = None) -> Setting:
+    """`setting` with its branches and adaLN in `format`, by the ranges of one sample; `ranges`, if given, for all."""
+    adapter = setting.adapter
+    selection = select(adapter, format, modulation=format)
+    if ranges is None:
+        amax = observe(adapter, selection, Walk(setting.table, setting.cfg, samples=1, batch=1)).amax
+    else:
+        amax = torch.full((1, selection.num_inputs), ranges)
+    timesteps = torch.from_numpy(setting.table.timesteps).float()
+    adapter = build(adapter, selection, amax, timesteps, {"name": "absmax"})
+    return with_adapter(setting, adapter, f"{setting.model.name} {format}")
+
+
+def bundles(work: Path, model: str, steps: int, cur: float) -> dict[str, Bundle]:
+    """The four bundles, exported unless they are there."""
+    found, opened = {}, list[Setting]()
+    for bits in ("float32", "W8A8"):
+        for cached in (False, True):
+            out = work / f"{model.partition(':')[2]}-{steps}-{cur:g}-{bits}-{'cached' if cached else 'dense'}"
+            if not is_bundle(out):
+                if not opened:
+                    opened.append(open_setting(model, "ddim", steps, CFG))
+                setting = opened[0]
+                if bits == "W8A8" and not isinstance(setting.adapter, QuantizedAdapter):
+                    setting = opened[0] = quantized(setting)
+                schedule = random_schedule(setting, cur) if cached else None
+                layout = "switch" if cached else "embedded"
+                deploy(setting, decide(setting, schedule, layout=layout), out, proven=False)
+            found[f"{bits}, {'cached' if cached else 'dense'}"] = open_bundle(out)
+    return found
+
+
+def random_schedule(setting: Setting, cur: float) -> Schedule:
+    """The rule `random:CUR` for the model of `setting`."""
+    graph, rule = setting.adapter.graph, f"random:{cur}"
+    compute = parse_rule(rule, setting.table.num_calls, graph)
+    return Schedule(compute, graph.names, setting.identity, {"name": "rule", "rule": rule})
+
+
+def compare(found: dict[str, Bundle], rounds: int, batch: int, threads: int | None) -> dict[str, Any]:
+    """Figures of one interleaved run."""
+    runtimes = {name: Runtime(bundle, threads=threads) for name, bundle in found.items()}
+    labels = [7 * index for index in range(batch)]
+    contenders: dict[str, Callable[[], object]] = {
+        name: lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
+        for name, runtime in runtimes.items()
+    }
+    latency_ms = {name: float(np.median(ms)) for name, ms in interleaved(contenders, rounds).items()}
+    for runtime in runtimes.values():
+        runtime.close()
+    dense = latency_ms["float32, dense"]
+    speedup = {name: dense / ms for name, ms in latency_ms.items()}
+    composed = speedup["W8A8, cached"] / (speedup["W8A8, dense"] * speedup["float32, cached"])
+    return {"latency_ms": latency_ms, "speedup": speedup, "composed": composed}
+
+
+def main() -> None:
+    """Export what is missing, measure, write benchmarks/results/int8_speed.{json,md}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:DiT-B-2-256")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--cur", type=float, default=0.4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--work", type=Path, default=Path("runs/int8"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    try:
+        with Console(stderr=True).status("exporting and measuring"):
+            found = bundles(args.work, args.model, args.steps, args.cur)
+            figures = compare(found, args.rounds, args.batch, args.threads)
+            quantized_bundle = found["W8A8, dense"]
+            ran = executed(quantized_bundle, threads=args.threads)[quantized_bundle.graphs[0]]
+            spent_ms = {
+                name: milliseconds(found[name], threads=args.threads) for name in ("float32, dense", "W8A8, dense")
+            }
+    except HcompressError as error:
+        raise SystemExit(f"error: {error}") from error
+    products = {name: ran[name] for name in (*OF_INTEGERS, *OF_FLOATS) if ran[name]}
+    result = {"date": str(date.today()), "environment": environment(), "settings": vars(args), **figures}
+    result |= {"mac_ratio": found["W8A8, cached"].mac_ratio, "products": products, "first_call_ms": spent_ms}
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "int8_speed.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    (args.results / "int8_speed.md").write_text(table(result))
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    asked = result["settings"]
+    packages = ", ".join(f"{name} {number}" for name, number in result["environment"]["packages"].items())
+    lines = [
+        f"{asked['model']}, {asked['steps']} steps, batch {asked['batch']}, CUR {100 * asked['cur']:.0f} % "
+        f"(MACs / {result['mac_ratio']:.2f}); {result['date']}, {packages}.",
+        "",
+        "| | latency (ms) | speed-up |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {ms:.0f} | {result['speedup'][name]:.2f} |" for name, ms in result["latency_ms"].items()]
+    products = ", ".join(f"{count} {name}" for name, count in result["products"].items())
+    lines += ["", f"Composed: {result['composed']:.2f}. A dense W8A8 call runs {products}.", ""]
+    for name, spent in result["first_call_ms"].items():
+        most = sorted(spent.items(), key=lambda item: -item[1])[:8]
+        lines.append(f"Time of a call, {name}: " + ", ".join(f"{op} {ms:.1f} ms" for op, ms in most) + ".")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
