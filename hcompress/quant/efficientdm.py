@@ -1,0 +1,249 @@
+"""EfficientDM (He et al., ICLR 2024, arXiv 2310.03270): distil a model into few bits along its own trajectory, no data.
+
+At each call the float model is the target of the quantized one on the same state, and all that is learnable takes one
+optimiser step; nothing is back-propagated across calls:
+
+    L = mean (teacher - student)^2            of the guided output that the solver sees
+
+What learns are A and B inside the rounding (hcompress.quant.qalora), the weights' step sizes, and of the inputs' step
+sizes [T, K] (TALSQ) the row of the call. Step sizes are learned as logarithms: they stay above 0, and a learning rate
+of theirs is a relative one.
+
+Other than the paper, which has T = 100, eta = 1 and asymmetric grids: the trajectory is that which will be deployed,
+the error is a mean, grids are symmetric, W0 stays in float, and no step size is decayed or trained as two parameters.
+
+Where a schedule is given the student runs under it: what it reuses is what it computed itself, and the state advances
+by the student's own output, which is where its errors, rounding and reuse alike, will meet again. The teacher never
+caches.
+
+All noise comes from streams numbered by trajectory, so a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hcompress.adapter import Adapter, Route, compute_all
+from hcompress.errors import ModelError
+from hcompress.lowbit.adapter import SCALES, QuantizedAdapter, twin
+from hcompress.lowbit.grid import ACTIVATION_GRIDS
+from hcompress.lowbit.linear import QuantLinear, Scales, absmax_scale
+from hcompress.quant.build import replace_modules, step_log_scales
+from hcompress.quant.calibration import Draw, Seen, Walk, draw, least_error
+from hcompress.quant.qalora import QALoRALinear
+from hcompress.quant.selection import Selection
+from hcompress.quant.settings import EfficientDMSettings
+from hcompress.sampling import Slots, constants_of, sample
+
+DISTILLATION_STREAMS, SCORING_STREAMS = 1 << 35, 1 << 36  # sample numbers that nothing else reaches
+SCORING_PERIOD = 20  # trajectories
+EPS = 1e-12  # Adam's: gradients of a mean squared error of 1e-6 are far below the default of 1e-8
+TINY = 1e-20  # least mean squared error by which anything is divided
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one trajectory did.
+
+    loss is the mean of its calls. score_db is the signal-to-noise ratio of the quantized model's samples, under the
+    schedule where there is one, the float model's uncached ones being the signal, on held-out noise; None between
+    scorings.
+    """
+
+    trajectory: int
+    loss: float
+    rate: float
+    score_db: float | None
+
+
+class Distillation:
+    """One run of EfficientDM: `student` is trained in place; `finish` folds it.
+
+    teacher: the float adapter, shared, never changed
+    amax:    [T, K], where the inputs' step sizes start
+    walk:    the trajectory: table, guidance, batch and seed, and the schedule's mask where the student is to run under
+             one
+    """
+
+    def __init__(
+        self, teacher: Adapter, selection: Selection, amax: Tensor, walk: Walk, settings: EfficientDMSettings
+    ) -> None:
+        self.teacher, self.settings, self.walk = teacher, settings, replace(walk, batch=settings.batch)
+        self.table, self.channels = walk.table, teacher.sample_shape[0]
+        self.student = student_of(teacher, selection, amax, walk, settings)
+        self.layers = [layer for layer in self.student.network.modules() if isinstance(layer, QALoRALinear)]
+        grid = self.student.timesteps
+        self.row_of_call = (grid[:, None] == grid).int().argmax(dim=1).tolist()  # calls at one timestep share a row
+        self.rows = nn.ParameterList([nn.Parameter(row) for row in self.student.log_scales.detach().clone()])
+        self.constants = constants_of(teacher, walk.table)
+        self.optimizer = torch.optim.AdamW(self.groups(), eps=EPS, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.trajectory = 0
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What learns how fast: design rates of the paper's code, per layer for A and B, relative for step sizes.
+
+        One parameter a row of the inputs' step sizes: Adam's momentum must not move rows whose gradient is absent.
+        """
+        settings = self.settings
+        lora = [
+            {"params": [layer.down, layer.up], "lr": settings.lr_lora * layer.log_scale.detach().exp().mean().item()}
+            for layer in self.layers
+        ]
+        weight = {"params": [layer.log_scale for layer in self.layers], "lr": settings.lr_weight, "weight_decay": 0.0}
+        activation = {"params": list(self.rows), "lr": settings.lr_activation, "weight_decay": 0.0}
+        return [*lora, weight, activation]
+
+    @property
+    def trajectories(self) -> int:
+        """How many there will be: the budget of updates in whole trajectories."""
+        return max(1, round(self.settings.updates / self.table.num_calls))
+
+    def run(self) -> Iterator[Progress]:
+        """Train until the budget is spent, yielding after each trajectory; between yields `state()` is a checkpoint."""
+        while self.trajectory < self.trajectories:
+            first = DISTILLATION_STREAMS + self.trajectory * self.settings.batch
+            losses = list(self.steps(draw(self.teacher, self.walk, first, self.settings.batch)))
+            if not np.isfinite(losses).all():
+                raise ModelError(
+                    f"distillation diverged in trajectory {self.trajectory + 1}: the loss is not finite; "
+                    "lower quantization.lr_lora or lr_activation"
+                )
+            rate, self.trajectory = self.rate(0), self.trajectory + 1
+            scored = self.trajectory % SCORING_PERIOD == 0 or self.trajectory == self.trajectories
+            yield Progress(self.trajectory, float(np.mean(losses)), rate, self.score() if scored else None)
+
+    def steps(self, batch: Draw) -> Iterator[float]:
+        """The T updates of one trajectory, yielding the loss before each."""
+        slots: dict[int, Tensor] = {}
+        outputs: list[Tensor] = []
+        for call in range(self.table.num_calls):
+            x = self.table.combine(call, batch.start, outputs, batch.noises)
+            with torch.no_grad():
+                target = self.denoise(self.teacher, call, x, batch, compute_all)
+            route = compute_all if self.walk.compute is None else own_route(self.walk.compute[call], slots)
+            student = self.denoise(self.student, call, x, batch, route)
+            loss = functional.mse_loss(student, target)
+            if loss.requires_grad:  # not where a schedule reuses everything
+                self.update(call, loss)
+            outputs.append(target if self.walk.compute is None else student.detach())
+            yield loss.item()
+
+    def update(self, call: int, loss: Tensor) -> None:
+        """One optimiser step, at a rate that falls linearly to 0 over the run."""
+        rate = self.rate(call)
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def rate(self, call: int) -> float:
+        """The share of its learning rate that `call` of the trajectory under way is trained at."""
+        calls = self.table.num_calls
+        return 1 - (self.trajectory * calls + call) / (self.trajectories * calls)
+
+    def denoise(self, adapter: Adapter, call: int, x: Tensor, batch: Draw, route: Route) -> Tensor:
+        """Guided output [B, C, H, W] at `call`; a learned variance is no part of the trajectory and is left out."""
+        constants: Mapping[str, Tensor] = self.constants[call]
+        if adapter is self.student:
+            constants = {**constants, SCALES: self.rows[self.row_of_call[call]].exp()[None]}
+        return adapter.guided(x, batch.condition, constants, self.walk.cfg, route)[:, : self.channels]
+
+    def score(self) -> float:
+        """Signal-to-noise ratio (dB) of the student's samples, the teacher's being the signal, on held-out noise."""
+        self.settle()
+        held = draw(self.teacher, self.walk, SCORING_STREAMS, self.settings.batch)
+        generate = {"cfg": self.walk.cfg, "noises": held.noises}
+        dense = sample(self.teacher, self.table, held.condition, held.start, **generate)
+        own = sample(self.student, self.table, held.condition, held.start, compute=self.walk.compute, **generate)
+        error = functional.mse_loss(own, dense).item()
+        return 10 * math.log10(dense.square().mean().item() / max(error, TINY))
+
+    def settle(self) -> None:
+        """Hand the learned rows to the student."""
+        with torch.no_grad():
+            self.student.log_scales.copy_(torch.stack([self.rows[row] for row in self.row_of_call]))
+
+    def finish(self) -> QuantizedAdapter:
+        """The student with A and B folded into its integers: nothing of the training is left in it."""
+        self.settle()
+        replace_modules(self.student.network, {id(layer): layer.fold() for layer in self.layers})
+        return self.student
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, for torch.save; load with `weights_only=True`."""
+        return {
+            "layers": [{name: p.detach() for name, p in layer.named_parameters()} for layer in self.layers],
+            "rows": [row.detach() for row in self.rows],
+            "optimizer": self.optimizer.state_dict(),
+            "trajectory": self.trajectory,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state()`."""
+        for layer, saved in zip(self.layers, state["layers"], strict=True):
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(saved[name])
+        for row, saved in zip(self.rows, state["rows"], strict=True):
+            row.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.trajectory = state["trajectory"]
+
+
+def student_of(
+    teacher: Adapter, selection: Selection, amax: Tensor, walk: Walk, settings: EfficientDMSettings
+) -> QuantizedAdapter:
+    """The teacher with its selected layers ready to be trained; those of the modulation are rounded and done with."""
+    copy, scales = twin(teacher), Scales()
+    generator = torch.Generator().manual_seed(walk.seed)
+    replaced: dict[int, nn.Module] = {}
+    for name, format in selection.formats.items():
+        linear = teacher.network.get_submodule(name)
+        step, column = absmax_scale(linear.weight, format), selection.columns.get(name)
+        replaced[id(copy.network.get_submodule(name))] = (
+            QuantLinear.of(linear, step, format, scales, None)
+            if column is None
+            else QALoRALinear(
+                linear, step, format, scales, column, rank=settings.rank, w0=settings.w0, generator=generator
+            )
+        )
+    replace_modules(copy.network, replaced)
+    timesteps = torch.from_numpy(walk.table.timesteps)
+    log_scales = step_log_scales(selection, amax, timesteps)
+    plan = {"method": settings.model_dump(), "layers": selection.plan()}
+    return QuantizedAdapter(copy, log_scales, timesteps, scales, plan).to(teacher.device).eval()
+
+
+def searched(seen: Seen, selection: Selection) -> Tensor:
+    """amax [T, K] by the search of 80 points for each input at each call, where EfficientDM starts."""
+    columns = range(selection.num_inputs)
+    grids = [selection.formats[selection.readers(column)[0]].activation_grid for column in columns]
+    found = [
+        least_error(seen.values[column], seen.amax[:, column], grid or ACTIVATION_GRIDS["int8"])
+        for column, grid in zip(columns, grids, strict=True)
+    ]
+    return torch.stack(found, dim=1)
+
+
+def own_route(compute: NDArray[np.bool_], slots: Slots) -> Route:
+    """Compute-or-reuse for one call of the student; what it reuses carries no gradient into the call that made it."""
+
+    def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
+        if not compute[branch]:
+            return slots[branch]
+        output = evaluate()
+        slots[branch] = output.detach()
+        return output
+
+    return route
