@@ -10,18 +10,16 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hcompress.caching.harmonica import OneProcess, Progress, Ranks, Training
-from hcompress.errors import RunError
+from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.recipe import Recipe
 from hcompress.rundir import RunDir, open_run
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of
-from hcompress_runtime.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,14 @@ def train(
     setting = setting_of(recipe, device=device)
     training = Training(setting.adapter, setting.table, recipe.cfg, recipe.caching, recipe.seed, ranks)
     if resume and run.checkpoint.exists():
-        training.router.restore(_read_checkpoint(run.checkpoint))
+        training.router.restore(read_checkpoint(run.checkpoint))
         if writes:
             run.rewind(training.router.trajectory)
     on_start(setting, training.router.trajectory)
     for progress in training.run():
         if writes:
             run.log(asdict(progress))
-            _write_checkpoint(run.checkpoint, training.router.state())
+            write_checkpoint(run.checkpoint, training.router.state())
         on_progress(progress)
     schedule = _schedule(recipe, setting, training)
     if writes:
@@ -106,14 +104,3 @@ def _schedule(recipe: Recipe, setting: Setting, training: Training) -> Schedule:
         "mac_ratio": graph.mac_ratio(compute),
     }
     return Schedule(compute, graph.names, setting.identity, history, training.router.logits())
-
-
-def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged zip; all mean the same to a user
-        raise RunError(f"{path} cannot be read ({type(error).__name__}); delete it to start over") from error

@@ -43,6 +43,7 @@ from hcompress.quant.qalora import QALoRALinear
 from hcompress.quant.selection import Selection
 from hcompress.quant.settings import EfficientDMSettings
 from hcompress.sampling import Slots, constants_of, sample
+from hcompress_runtime.table import SolverTable
 
 DISTILLATION_STREAMS, SCORING_STREAMS = 1 << 35, 1 << 36  # sample numbers that nothing else reaches
 SCORING_PERIOD = 20  # trajectories
@@ -68,18 +69,15 @@ class Progress:
 class Distillation:
     """One run of EfficientDM: `student` is trained in place; `finish` folds it.
 
-    teacher: the float adapter, shared, never changed
-    amax:    [T, K], where the inputs' step sizes start
-    walk:    the trajectory: table, guidance, batch and seed, and the schedule's mask where the student is to run under
-             one
+    teacher: the float adapter, never changed
+    student: from `student_of`; of one that is folded already only the inputs' step sizes learn
+    walk:    the trajectory: table, guidance and seed, and the schedule's mask where the student is to run under one
     """
 
-    def __init__(
-        self, teacher: Adapter, selection: Selection, amax: Tensor, walk: Walk, settings: EfficientDMSettings
-    ) -> None:
-        self.teacher, self.settings, self.walk = teacher, settings, replace(walk, batch=settings.batch)
-        self.table, self.channels = walk.table, teacher.sample_shape[0]
-        self.student = student_of(teacher, selection, amax, walk, settings)
+    def __init__(self, teacher: Adapter, student: QuantizedAdapter, walk: Walk, settings: EfficientDMSettings) -> None:
+        self.teacher, self.student, self.settings = teacher, student, settings
+        self.walk, self.table = replace(walk, batch=settings.batch), walk.table
+        self.channels = teacher.sample_shape[0]
         self.layers = [layer for layer in self.student.network.modules() if isinstance(layer, QALoRALinear)]
         grid = self.student.timesteps
         self.row_of_call = (grid[:, None] == grid).int().argmax(dim=1).tolist()  # calls at one timestep share a row
@@ -87,6 +85,7 @@ class Distillation:
         self.constants = constants_of(teacher, walk.table)
         self.optimizer = torch.optim.AdamW(self.groups(), eps=EPS, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.weights = weights_of(walk.table, settings)
         self.trajectory = 0
 
     def groups(self) -> list[dict[str, Any]]:
@@ -99,9 +98,11 @@ class Distillation:
             {"params": [layer.down, layer.up], "lr": settings.lr_lora * layer.log_scale.detach().exp().mean().item()}
             for layer in self.layers
         ]
-        weight = {"params": [layer.log_scale for layer in self.layers], "lr": settings.lr_weight, "weight_decay": 0.0}
-        activation = {"params": list(self.rows), "lr": settings.lr_activation, "weight_decay": 0.0}
-        return [*lora, weight, activation]
+        steps = [
+            {"params": [layer.log_scale for layer in self.layers], "lr": settings.lr_weight, "weight_decay": 0.0},
+            {"params": list(self.rows), "lr": settings.lr_activation, "weight_decay": 0.0},
+        ]
+        return [*lora, *(group for group in steps if group["params"])]
 
     @property
     def trajectories(self) -> int:
@@ -134,7 +135,7 @@ class Distillation:
             student = self.denoise(self.student, call, x, batch, route)
             loss = functional.mse_loss(student, target)
             if loss.requires_grad:  # not where a schedule reuses everything
-                self.update(call, loss)
+                self.update(call, self.weights[call] * loss)
             outputs.append(target if self.walk.compute is None else student.detach())
             yield loss.item()
 
@@ -201,6 +202,14 @@ class Distillation:
         self.trajectory = state["trajectory"]
 
 
+def weights_of(table: SolverTable, settings: EfficientDMSettings) -> list[float]:
+    """What the loss of each call counts, 1 on average: by the solver's own weight of that output in the sample."""
+    if settings.weighting == "none":
+        return [1.0] * table.num_calls
+    reach = np.square(table.outputs[-1])
+    return list(reach / reach.mean())
+
+
 def student_of(
     teacher: Adapter, selection: Selection, amax: Tensor, walk: Walk, settings: EfficientDMSettings
 ) -> QuantizedAdapter:
@@ -221,7 +230,8 @@ def student_of(
     replace_modules(copy.network, replaced)
     timesteps = torch.from_numpy(walk.table.timesteps)
     log_scales = step_log_scales(selection, amax, timesteps)
-    plan = {"method": settings.model_dump(), "layers": selection.plan()}
+    told = settings.model_dump(exclude_none=True, exclude={"method", "keep", "only", "modulation", "format"})
+    plan = {"method": {"name": settings.method} | told, "layers": selection.plan()}
     return QuantizedAdapter(copy, log_scales, timesteps, scales, plan).to(teacher.device).eval()
 
 

@@ -25,9 +25,18 @@ class Router:
     velocity: float64[T, N]  how fast each logit moves, a trajectory, for steering; `previous` are its last logits
     """
 
-    def __init__(self, num_calls: int, num_branches: int, settings: HarmoniCaSettings, seed: int) -> None:
+    def __init__(
+        self,
+        num_calls: int,
+        num_branches: int,
+        settings: HarmoniCaSettings,
+        seed: int,
+        first: NDArray[np.float32] | float | None = None,
+    ) -> None:
+        """`first`: logits to start from, [T, N], such as those of another schedule; None: as the settings say."""
         rng = np.random.default_rng(seed)
-        first = rng.standard_normal((num_calls, num_branches)) if settings.init == "normal" else settings.init
+        if first is None:
+            first = rng.standard_normal((num_calls, num_branches)) if settings.init == "normal" else settings.init
         table = np.broadcast_to(np.asarray(first, np.float32), (num_calls, num_branches)).copy()
         table[0] = settings.clamp
         self.rows = nn.ParameterList([nn.Parameter(torch.from_numpy(row)) for row in table])

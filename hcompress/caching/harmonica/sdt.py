@@ -92,12 +92,17 @@ class Training:
         settings: HarmoniCaSettings,
         seed: int,
         ranks: Ranks | None = None,
+        *,
+        teacher: Adapter | None = None,
+        first: NDArray[np.float32] | None = None,
     ) -> None:
+        """`teacher` defaults to `adapter`, which is then compared with itself; `first`: logits to start from."""
         self.adapter, self.table, self.cfg, self.settings, self.seed = adapter, table, cfg, settings, seed
         self.ranks = ranks or OneProcess()
-        self.constants = constants_of(adapter, table)
+        self.teacher = teacher or adapter
+        self.constants, self.teacher_constants = constants_of(adapter, table), constants_of(self.teacher, table)
         self.channels = adapter.sample_shape[0]
-        self.router = Router(table.num_calls, len(adapter.graph), settings, seed)
+        self.router = Router(table.num_calls, len(adapter.graph), settings, seed, first)
         self.steering = Steering(adapter.graph, table.num_calls, settings)
         self.needs = np.zeros((table.num_calls, len(adapter.graph)))  # -d(lambda MSE)/dr of each entry's last update
 
@@ -145,7 +150,7 @@ class Training:
         for call in range(1, self.table.num_calls):
             x = self.table.combine(call, start, outputs, noises)
             with self.teacher_mode():
-                target = self.denoise(call, x, condition, compute_all)
+                target = self.target(call, x, condition)
             theta = self.router.rows[call]
             r = torch.sigmoid(theta)
             scores = r.detach().numpy().astype(np.float64)
@@ -175,6 +180,11 @@ class Training:
         """Guided output [B, C, H, W] at `call`; a learned variance is no part of the trajectory and is left out."""
         return self.adapter.guided(x, condition, self.constants[call], self.cfg, route)[:, : self.channels]
 
+    def target(self, call: int, x: Tensor, condition: Condition) -> Tensor:
+        """The teacher's guided output [B, C, H, W] at `call`, everything computed."""
+        constants = self.teacher_constants[call]
+        return self.teacher.guided(x, condition, constants, self.cfg, compute_all)[:, : self.channels]
+
     def refresh(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> None:
         """IEPO: measure lambda anew on this trajectory's own noise, averaged over ranks."""
         router = self.router
@@ -183,9 +193,9 @@ class Training:
         router.lambdas[1:] = iepo.blend(router.lambdas[1:], fresh, self.settings)
 
     def score(self) -> float:
-        """Signal-to-noise ratio (dB) of the hard schedule's samples against uncached ones, on held-out noise."""
+        """Signal-to-noise ratio (dB) of the hard schedule's samples against the teacher's, on held-out noise."""
         condition, start, noises = self.draw_from(SCORING_STREAMS)
-        dense = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
+        dense = sample(self.teacher, self.table, condition, start, cfg=self.cfg, noises=noises)
         hard = self.router.hard(self.settings.threshold)
         cached = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises, compute=hard)
         error = functional.mse_loss(cached, dense).item()
