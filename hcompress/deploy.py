@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hcompress.errors import InputError
 from hcompress.models.decoder import load_decoder
+from hcompress.rundir import RunDir, own_flags
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_finished, open_setting, open_with
 from hcompress_export.bundle import export_bundle
@@ -28,9 +29,17 @@ def open_source(
 ) -> tuple[Setting, Schedule | None]:
     """The setting of a finished run folder, or of a MODEL under `schedule`; a schedule too, unless `dense`.
 
+    A folder of `hcompress quantize` is a MODEL with solver, steps and guidance of its own, and perhaps a schedule; it
+    is exported dense where it has none.
+
     Raises RunError, ModelError, SolverError, ScheduleError; InputError for a MODEL without a schedule.
     """
-    if (Path(source) / "recipe.yaml").exists():
+    if own := own_flags(source):
+        solver, steps, cfg = own["solver.name"], own["solver.steps"], own["cfg"]
+        theirs = RunDir(Path(source)).schedule
+        schedule = schedule or (str(theirs) if theirs.exists() else None)
+        dense = dense or schedule is None
+    elif (Path(source) / "recipe.yaml").exists():
         setting, learned = open_finished(Path(source))
         return setting, None if dense else learned
     if dense:

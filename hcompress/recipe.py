@@ -11,14 +11,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.errors import RecipeError
+from hcompress.quant.settings import EfficientDMSettings, PtqSettings
 
+Kind = TypeVar("Kind", bound="Run")
 GOALS = ("caching.beta", "caching.target_cur", "caching.target_speedup")  # exactly one; a later layer's replaces it
 
 
@@ -31,16 +33,39 @@ class SolverSettings(BaseModel):
     steps: int = Field(20, description="denoising steps T; one step has nothing to reuse")
 
 
-class Recipe(BaseModel):
-    """One training run."""
+class Run(BaseModel):
+    """What every kind of run has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
-    caching: HarmoniCaSettings
     seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
+
+
+class QuantRecipe(Run):
+    """One quantization; which of the two below, `quant.method` says."""
+
+    quant: PtqSettings | EfficientDMSettings
+
+
+class PtqRecipe(QuantRecipe):
+    """One quantization after training."""
+
+    quant: PtqSettings
+
+
+class EfficientDMRecipe(QuantRecipe):
+    """One quantization that is distilled."""
+
+    quant: EfficientDMSettings
+
+
+class Recipe(Run):
+    """One training run."""
+
+    caching: HarmoniCaSettings
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -80,19 +105,44 @@ def find(name: str | Path) -> Path:
 
 def resolve(file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
     """The recipe in `file` under `flags` ({"solver.steps": 10}; None = not given) under `sets` ("solver.steps=10")."""
+    recipe = _checked(Recipe, {"caching": {}} | _layered(file, flags, sets))
+    if "refresh" in recipe.caching.model_fields_set:
+        return recipe
+    refresh = _whole_trajectories(recipe.caching.refresh, recipe.solver.steps)
+    return recipe.model_copy(update={"caching": recipe.caching.model_copy(update={"refresh": refresh})})
+
+
+def resolve_quant(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> QuantRecipe:
+    """As `resolve`, for a recipe with a `quant:` section."""
+    settings = {"quant": {}} | _layered(file, flags, sets)
+    distilled = isinstance(settings["quant"], dict) and settings["quant"].get("method") == "efficientdm"
+    return _checked(EfficientDMRecipe if distilled else PtqRecipe, settings)
+
+
+def resolve_any(file: Path) -> Recipe | QuantRecipe:
+    """The recipe in `file`, of whichever kind its section says. Raises RecipeError where it has both."""
+    sections = read(file).keys() & {"caching", "quant"}
+    if len(sections) == 2:
+        raise RecipeError(f"{file} has a caching and a quant section; a run has one: put them into two recipes")
+    return resolve_quant(file) if "quant" in sections else resolve(file)
+
+
+def _layered(file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:
     given = {path: value for path, value in (flags or {}).items() if value is not None}
     settings: dict[str, Any] = {}
     for layer in ({} if file is None else _flat(read(file)), given, dict(map(_assignment, sets))):
         replaced = set() if layer.keys().isdisjoint(GOALS) else set(GOALS)
         settings = {path: value for path, value in settings.items() if path not in replaced} | layer
+    return _nested(settings)
+
+
+def _checked(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
     try:
-        recipe = Recipe.model_validate({"caching": {}} | _nested(settings), strict=True)
+        return kind.model_validate(settings, strict=True)
     except ValidationError as error:
-        raise RecipeError(_one_line(error)) from error
-    if "refresh" in recipe.caching.model_fields_set:
-        return recipe
-    refresh = _whole_trajectories(recipe.caching.refresh, recipe.solver.steps)
-    return recipe.model_copy(update={"caching": recipe.caching.model_copy(update={"refresh": refresh})})
+        raise RecipeError(_one_line(error, kind)) from error
 
 
 def read(file: Path) -> dict[Any, Any]:
@@ -111,17 +161,18 @@ def read(file: Path) -> dict[Any, Any]:
     return settings
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Run) -> str:
     """YAML that resolves to an equal recipe, every default spelled out."""
     return yaml.dump(recipe.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 def schema() -> str:
     """JSON Schema of a recipe file, for editors."""
-    return json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False)
+    kinds = TypeAdapter(Recipe | PtqRecipe | EfficientDMRecipe)
+    return json.dumps(kinds.json_schema(), indent=2, ensure_ascii=False)
 
 
-def first_difference(old: Recipe, new: Recipe) -> str | None:
+def first_difference(old: Run, new: Run) -> str | None:
     """The first setting in which two recipes differ, such as "cfg: 1.5 != 4.0"; None where they are equal."""
     ours, theirs = _flat(old.model_dump()), _flat(new.model_dump())
     return next((f"{key}: {ours[key]} != {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)), None)
@@ -192,35 +243,37 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _one_line(invalid: ValidationError) -> str:
+def _one_line(invalid: ValidationError, kind: type[Run]) -> str:
     """What is wrong with the first offending key, unknown keys first."""
     errors = invalid.errors()
     for error in errors:
         if error["type"] == "extra_forbidden":
             unknown = ".".join(map(str, error["loc"]))
-            return f"unknown key '{unknown}'; {_suggestion(unknown)}"
-    path, first = _known_path(errors[0]["loc"]), errors[0]
+            return f"unknown key '{unknown}'; {_suggestion(unknown, kind)}"
+    path, first = _known_path(errors[0]["loc"], kind), errors[0]
     if first["type"] == "missing":
-        return f"{path} is not set; give {Recipe.model_fields[path].description}"
+        return f"{path} is not set; give {kind.model_fields[path].description}"
     if first["type"] == "value_error":
         return f"{path}: {first['msg'].removeprefix('Value error, ')}"
     if first["type"] == "model_type":
         return f"{path} = {first['input']!r} should be a section of settings such as `{path}: {{...}}`"
-    wanted = [error["msg"].removeprefix("Input should be ") for error in errors if _known_path(error["loc"]) == path]
+    wanted = [
+        error["msg"].removeprefix("Input should be ") for error in errors if _known_path(error["loc"], kind) == path
+    ]
     return f"{path} = {first['input']!r} should be {', or '.join(wanted)}"
 
 
-def _known_path(location: Sequence[int | str]) -> str:
+def _known_path(location: Sequence[int | str], kind: type[Run]) -> str:
     """The dotted path of an error, without the union members that pydantic appends."""
     paths = [".".join(map(str, location[:end])) for end in range(1, len(location) + 1)]
-    return [path for path in paths if path in _keys(Recipe)][-1]
+    return [path for path in paths if path in _keys(kind)][-1]
 
 
-def _suggestion(unknown: str) -> str:
+def _suggestion(unknown: str, kind: type[Run]) -> str:
     """The same name elsewhere, else the nearest name of the section, else the nearest of all."""
     section, _, name = unknown.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in _keys(Recipe) if key.rpartition(".")[0] == section}
-    anywhere = {key.rpartition(".")[2]: key for key in _keys(Recipe)}
+    siblings = {key.rpartition(".")[2]: key for key in _keys(kind) if key.rpartition(".")[0] == section}
+    anywhere = {key.rpartition(".")[2]: key for key in _keys(kind)}
     if name in anywhere:
         return f"did you mean '{anywhere[name]}'?"
     for names in (siblings, anywhere):

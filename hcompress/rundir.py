@@ -4,7 +4,8 @@ RUN/recipe.yaml            the resolved recipe; its presence makes the folder a 
 RUN/env.json               versions and hardware at the start
 RUN/metrics.jsonl          one JSON object a line, in order
 RUN/checkpoint.pt          all that a resumed run needs, replaced atomically
-RUN/schedule.safetensors   the result
+RUN/schedule.safetensors   the result of training
+RUN/quantized.safetensors  the result of quantizing, which makes the folder a MODEL
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hcompress.errors import RunError
-from hcompress.recipe import Recipe, dump, first_difference, resolve
+from hcompress.recipe import Run, dump, first_difference, resolve_any
 from hcompress_runtime.files import write_atomically
 
 PACKAGES = (
@@ -62,6 +63,11 @@ class RunDir:
         """The finished schedule."""
         return self.path / "schedule.safetensors"
 
+    @property
+    def quantized(self) -> Path:
+        """The finished network in few bits."""
+        return self.path / "quantized.safetensors"
+
     def log(self, record: dict[str, Any]) -> None:
         """Append `record` to the metrics; a kill afterwards does not lose it."""
         try:
@@ -84,7 +90,7 @@ class RunDir:
         return [line for line in lines if line.endswith(b"\n")]
 
 
-def open_run(path: Path, recipe: Recipe, *, resume: bool = False) -> RunDir:
+def open_run(path: Path, recipe: Run, *, resume: bool = False) -> RunDir:
     """A new run in `path`, which must be absent or empty, or with `resume` the run that is there.
 
     `resume` where there is nothing to resume starts the run, so one command serves a job that may be killed at any
@@ -102,9 +108,18 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool = False) -> RunDir:
     if not foreign:
         write_atomically(run.path / "env.json", json.dumps(environment(), indent=2).encode())
         write_atomically(run.recipe, dump(recipe).encode())
-    elif difference := first_difference(resolve(run.recipe), recipe):
+    elif difference := first_difference(resolve_any(run.recipe), recipe):
         raise RunError(f"{run.path} was started with another recipe: {difference}; pass the same or another --out")
     return run
+
+
+def own_flags(model: str) -> dict[str, Any]:
+    """Solver, steps and guidance that a quantized MODEL was made for, as flags of a recipe; of others none."""
+    run = RunDir(Path(model))
+    if not run.quantized.is_file() or not run.recipe.is_file():
+        return {}
+    recipe = resolve_any(run.recipe)
+    return {"solver.name": recipe.solver.name, "solver.steps": recipe.solver.steps, "cfg": recipe.cfg}
 
 
 def environment() -> dict[str, Any]:

@@ -6,16 +6,19 @@ types.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hcompress.adapter import Adapter
 from hcompress.caching.rules import parse_rule
-from hcompress.errors import ModelError
+from hcompress.errors import ModelError, SolverError
+from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.models.loading import Model, load_model
-from hcompress.recipe import Recipe, resolve
+from hcompress.recipe import Run, resolve
 from hcompress.rundir import RunDir
 from hcompress.schedule import Identity, Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
@@ -38,17 +41,31 @@ class Setting:
 
 
 def open_setting(model: str, solver: str, steps: int, cfg: float, *, device: str = "cpu") -> Setting:
-    """Load MODEL and probe its solver. Raises ModelError or SolverError where either does not fit."""
+    """Load MODEL and probe its solver. Raises ModelError or SolverError where either does not fit the other."""
     loaded = load_model(model)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError("no CUDA device is available; pass --device cpu")
     loaded.adapter.to(device)
     scheduler = make_scheduler(solver, loaded.scheduler_config)
-    identity = loaded.adapter.identity(model, dict(solver_identity(scheduler, steps)), cfg)
+    solver_of = dict(solver_identity(scheduler, steps))
+    if isinstance(loaded.adapter, QuantizedAdapter):
+        _check_grid(model, loaded.adapter, solver, solver_of)
+    identity = loaded.adapter.identity(model, solver_of, cfg)
     return Setting(loaded, probe(scheduler, steps), cfg, identity)
 
 
-def setting_of(recipe: Recipe, *, device: str = "cpu") -> Setting:
+def _check_grid(model: str, adapter: QuantizedAdapter, asked: str, solver: Mapping[str, Any]) -> None:
+    """Raise SolverError where a quantized model's step sizes are those of another solver's calls."""
+    own = adapter.plan["solver"]
+    if own != solver:
+        raise SolverError(
+            f"{model} holds step sizes for the calls of {own['class']} with {own['steps']} steps, not for "
+            f"{solver['class']} with {solver['steps']}; use its own, or take the nearest: hcompress quantize {model} "
+            f"--resample-steps --solver {asked} --steps {solver['steps']} --out OTHER"
+        )
+
+
+def setting_of(recipe: Run, *, device: str = "cpu") -> Setting:
     """The setting that a recipe asks for."""
     return open_setting(recipe.model, recipe.solver.name, recipe.solver.steps, recipe.cfg, device=device)
 

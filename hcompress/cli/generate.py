@@ -33,7 +33,7 @@ def generate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",
     schedule: Annotated[Path | None, typer.Option(help="MODEL only: a schedule.safetensors; none is dense.")] = None,
-    solver: Annotated[str, typer.Option(help="MODEL only: the schedule's solver.")] = "ddim",
+    solver: Annotated[str | None, typer.Option(help="MODEL only: the schedule's solver; ddim if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="MODEL only: the schedule's own if not given, else 20.")] = None,
     cfg: Annotated[float | None, typer.Option(help="MODEL only: the schedule's own if not given, else 1.5.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -101,13 +101,14 @@ def _from_model(
     threads: int | None,
     device: str,
     schedule: Path | None,
-    solver: str,
+    solver: str | None,
     steps: int | None,
     cfg: float | None,
 ) -> Generate:
     import torch
 
     from hcompress.models.decoder import load_decoder
+    from hcompress.rundir import own_flags
     from hcompress.sampling import sample_seeded
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
@@ -115,8 +116,10 @@ def _from_model(
     if threads:
         torch.set_num_threads(threads)
     learned = Schedule.load(schedule) if schedule else None
-    steps = steps or (int(learned.identity.solver["steps"]) if learned else 20)
-    cfg = cfg if cfg is not None else (learned.identity.cfg if learned else None) or 1.5
+    own = own_flags(model)
+    solver = solver or own.get("solver.name", "ddim")
+    steps = steps or (int(learned.identity.solver["steps"]) if learned else own.get("solver.steps", 20))
+    cfg = cfg if cfg is not None else (learned.identity.cfg if learned else own.get("cfg")) or 1.5
     setting = open_setting(model, solver, steps, cfg, device=device)
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)

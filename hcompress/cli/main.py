@@ -21,12 +21,14 @@ from hcompress.cli.export import export
 from hcompress.cli.generate import generate
 from hcompress.cli.import_ import import_
 from hcompress.cli.inspect import inspect
+from hcompress.cli.quantize import quantize
 from hcompress.cli.train import train
 from hcompress.cli.verify import verify
 from hcompress.errors import HcompressError, missing
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
+    "quantize": quantize,
     "export": export,
     "verify": verify,
     "generate": generate,

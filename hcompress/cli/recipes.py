@@ -82,9 +82,9 @@ def validate(file: Name) -> None:
 
     Example: hcompress recipes validate mine.yaml
     """
-    from hcompress.recipe import dump, find, resolve
+    from hcompress.recipe import dump, find, resolve_any
 
-    print(dump(resolve(find(file))), end="")
+    print(dump(resolve_any(find(file))), end="")
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,8 +33,9 @@ def train(
     Example: hcompress train zoo:fashion-dit --solver ddim --steps 20 --cfg 1.5 --target-cur 0.4 --out runs/first
     """
     from hcompress.recipe import find, resolve
+    from hcompress.rundir import own_flags
 
-    flags = {
+    flags: dict[str, Any] = {
         "model": model,
         "solver.name": solver,
         "solver.steps": steps,
@@ -44,6 +45,8 @@ def train(
         "caching.target_cur": target_cur,
         "caching.target_speedup": target_speedup,
     }
+    own = {} if recipe else own_flags(model)
+    flags |= {key: value for key, value in own.items() if flags[key] is None}
     resolved = resolve(find(recipe) if recipe else None, flags, sets or [])
     if dry_run:
         from hcompress.report.forecast import forecast

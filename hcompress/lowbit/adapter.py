@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition, Route
@@ -91,3 +90,11 @@ def twin(adapter: SomeAdapter) -> SomeAdapter:
     """A copy whose modules may be replaced while `adapter` stays as it is; weights are shared, not copied."""
     shared = [*adapter.parameters(), *adapter.buffers()]
     return copy.deepcopy(adapter, {id(tensor): tensor for tensor in shared})
+
+
+def replace_modules(network: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Put `replaced`[id] in the place of each module with that id, wherever a parent holds it: it may be shared."""
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])

@@ -93,3 +93,15 @@ FORMATS = {
     "w4": Format("int4", block=128),
 }
 """The formats by the name that users give them."""
+
+
+def pack(integers: Tensor) -> Tensor:
+    """uint8[..., n / 2] from int8[..., n] of -8 to 7: two a byte, the first in the low half, as ONNX packs INT4."""
+    halves = integers.view(torch.uint8) & 15
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """int8[..., 2 n] from what `pack` made of it."""
+    halves = torch.stack([packed << 4, packed & 240], dim=-1).flatten(-2).view(torch.int8)
+    return halves >> 4

@@ -1,15 +1,19 @@
-"""From MODEL on the command line to an adapter: `zoo:NAME`, `random:NAME`, a local diffusers folder, or a hub id."""
+"""From MODEL on the command line to an adapter.
+
+`zoo:NAME`, `random:NAME`, a local diffusers folder, a hub id, or a run folder of `hcompress quantize`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
+from hcompress.lowbit.artefact import FILE, load_quantized, read_origin
 from hcompress.models import LEGACY, MODELS
 from hcompress.models.random import PREFIX, SCHEDULER, make_random
 
@@ -21,7 +25,7 @@ class Model:
     """A loaded model.
 
     name:             as the user wrote it
-    adapter:          the denoiser, float32, frozen
+    adapter:          the denoiser, float32 or with layers in few bits, frozen
     scheduler_config: the configuration of the scheduler that the model came with
     folder:           where its files lie (VAE and text encoder, where it has them); a random model has none
     """
@@ -38,9 +42,11 @@ def zoo_names() -> list[str]:
 
 
 def load_model(name: str) -> Model:
-    """Load MODEL with its weights as float32. Raises ModelError where it is absent, broken or without an adapter."""
+    """Load MODEL, its float weights as float32. Raises ModelError where it is absent, broken or without an adapter."""
     import torch
 
+    if (Path(name) / FILE).is_file():
+        return _load_quantized(name)
     if name.startswith(PREFIX):
         return Model(name, make_random(name), dict(SCHEDULER), Path(os.devnull))
     folder = _find(name)
@@ -56,6 +62,17 @@ def load_model(name: str) -> Model:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"the weights of {name} cannot be read ({reason}); download or copy them again") from error
     return Model(name, adapter, _read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+
+
+def _load_quantized(name: str) -> Model:
+    """The model that was quantized, with layers in few bits; all but the network is its own."""
+    file = Path(name) / FILE
+    origin = read_origin(file)
+    try:
+        base = load_model(origin.base.model)
+    except ModelError as error:
+        raise ModelError(f"{name} was quantized from {origin.base.model}, which it needs: {error}") from error
+    return replace(base, name=name, adapter=load_quantized(file, base.adapter))
 
 
 def _find(name: str) -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
-from hcompress.lowbit.adapter import QuantizedAdapter, twin
+from hcompress.lowbit.adapter import QuantizedAdapter, replace_modules, twin
 from hcompress.lowbit.grid import ACTIVATION_GRIDS, SMALLEST_SCALE
 from hcompress.lowbit.linear import QuantLinear, Scales, absmax_scale
 from hcompress.quant.selection import Selection
@@ -31,7 +31,7 @@ def build(
     method:        how it came to be, JSON-able; its `name` is a key of QUANTIZERS
     weight_scales: [out, blocks] by layer; a layer without takes the range of its weights
 
-    Raises ModelError for a weight that is NaN or infinite, or a range that is not finite or not above 0.
+    Raises ModelError for a range that is not finite or not above 0.
     """
     plan = {"method": dict(method), "layers": selection.plan()}
     log_scales = step_log_scales(selection, amax.expand(len(timesteps), -1), timesteps)
@@ -39,13 +39,13 @@ def build(
     replaced: dict[int, QuantLinear] = {}
     for name, format in selection.formats.items():
         linear = adapter.network.get_submodule(name)
-        if not linear.weight.isfinite().all():
-            raise ModelError(f"the weight of {name} holds NaN or infinity; copy the model again")
+        assert isinstance(linear, nn.Linear)
         scale = (weight_scales or {}).get(name)
         if scale is None:
             scale = absmax_scale(linear.weight, format)
-        theirs = copy.network.get_submodule(name)
-        replaced[id(theirs)] = QuantLinear.of(linear, scale, format, scales, selection.columns.get(name))
+        replaced[id(copy.network.get_submodule(name))] = QuantLinear.of(
+            linear, scale, format, scales, selection.columns.get(name)
+        )
     replace_modules(copy.network, replaced)
     return QuantizedAdapter(copy, log_scales, timesteps, scales, plan).to(adapter.device).eval()
 
@@ -62,11 +62,3 @@ def step_log_scales(selection: Selection, amax: Tensor, timesteps: Tensor) -> Te
              for name, column in selection.columns.items()}  # fmt: skip
     high = torch.tensor([grids[column] for column in range(selection.num_inputs)])
     return (shared / high).clamp(min=SMALLEST_SCALE).log()
-
-
-def replace_modules(network: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
-    """Put `replaced`[id] in the place of each module with that id, wherever a parent holds it: it may be shared."""
-    for parent in list(network.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in replaced:
-                setattr(parent, name, replaced[id(child)])

@@ -9,15 +9,16 @@ Legend: T calls, K inputs, B samples, R rows of the network's batch, n values th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition
 from hcompress.errors import ModelError, RecipeError
@@ -78,46 +79,69 @@ def draw(adapter: Adapter, walk: Walk, first: int, count: int) -> Draw:
     return Draw(condition, start, solver_noises(adapter, walk.table, walk.seed, streams))
 
 
-def watch(
+def walk_through(
     adapter: Adapter,
     walk: Walk,
-    see: dict[str, Callable[[int, Tensor], None]],
+    at: Callable[[int], None],
     on_call: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Walk, handing each layer's input [R, ..., in] to its `see` with the call's index. No gradient.
+    """Run every batch along the trajectory. No gradient.
 
-    see:     by layer name; what it is given is valid during the call only
+    at:      told the index of each call before it runs
     on_call: told the number of calls done, of all batches
     """
-    call, done = 0, 0
-    with watched(adapter, {name: lambda x, look=look: look(call, x) for name, look in see.items()}):
-        for batch in walk.draws(adapter):
-            call = 0
-            for _ in trajectory(
-                adapter,
-                walk.table,
-                batch.condition,
-                batch.start,
-                cfg=walk.cfg,
-                compute=walk.compute,
-                noises=batch.noises,
-            ):
-                call, done = call + 1, done + 1
-                on_call(done)
+    done = 0
+    for batch in walk.draws(adapter):
+        at(0)
+        calls = trajectory(
+            adapter,
+            walk.table,
+            batch.condition,
+            batch.start,
+            cfg=walk.cfg,
+            compute=walk.compute,
+            noises=batch.noises,
+        )
+        for call, _ in enumerate(calls):
+            at(call + 1)
+            done += 1
+            on_call(done)
+
+
+See = Callable[[int, Tensor], None]
+"""(index of the call, a layer's input [R, ..., in], valid during the call only)."""
+
+
+def watch(
+    adapter: Adapter, walk: Walk, see: Mapping[str, See], on_call: Callable[[int], None] = lambda done: None
+) -> None:
+    """Walk, handing the input of each layer in `see` to its function, with the call's index."""
+    current = 0
+
+    def at(call: int) -> None:
+        nonlocal current
+        current = call
+
+    def handed(look: See) -> Callable[[Tensor], None]:
+        return lambda x: look(current, x)
+
+    with watched(adapter, {name: handed(look) for name, look in see.items()}):
+        walk_through(adapter, walk, at, on_call)
 
 
 @contextmanager
-def watched(adapter: Adapter, see: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+def watched(adapter: Adapter, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Hand the input of each layer in `see` to its function, while the context lasts."""
-    hooks = [
-        adapter.network.get_submodule(name).register_forward_pre_hook(lambda _, args, look=look: look(args[0]))
-        for name, look in see.items()
-    ]
+
+    def hook(look: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: look(args[0])
+
+    hooks = [adapter.network.get_submodule(name).register_forward_pre_hook(hook(look)) for name, look in see.items()]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 @final
@@ -153,7 +177,7 @@ def observe(
     calls, batches = walk.table.num_calls, -(-walk.samples // walk.batch)
     share = -(-num_values // batches)
     names = [selection.readers(column)[0] for column in range(selection.num_inputs)]
-    widths = [adapter.network.get_submodule(name).in_features for name in names]
+    widths = [adapter.network.get_submodule(name).get_parameter("weight").shape[1] for name in names]
     channels = [torch.zeros(calls, width) for width in widths]
     values = [torch.zeros(calls, share * batches) for _ in widths]
     filled = np.zeros((calls, len(names)), int)
@@ -171,12 +195,7 @@ def observe(
             values[column][call, begin : begin + share] = flat.flatten()[picked].float().cpu()
             filled[call, column] += share
 
-    watch(
-        adapter,
-        walk,
-        {name: lambda call, x, column=column: see(column, call, x) for column, name in enumerate(names)},
-        on_call,
-    )
+    watch(adapter, walk, {name: partial(see, column) for column, name in enumerate(names)}, on_call)
     amax = torch.stack([rows.amax(dim=1) for rows in channels], dim=1) if channels else torch.zeros(calls, 0)
     check_amax(amax, ran, names)
     return Seen(nearest_run(amax, ran), ran, channels, values)
@@ -189,11 +208,16 @@ def check_amax(amax: Tensor, ran: Tensor, names: list[str]) -> None:
         call, column = bad.nonzero()[0].tolist()
         value = amax[call, column].item()
         what = "is all zero" if value == 0 else "holds NaN or infinity"
-        raise ModelError(f"the input of {names[column]} {what} at call {call}; keep that layer with --keep")
+        raise unfit(names[column], call, what)
     never = ~ran.any(dim=0)
     if never.any():
         name = names[int(never.nonzero()[0])]
         raise ModelError(f"{name} never runs on the calibration trajectory; keep that layer with --keep")
+
+
+def unfit(name: str, call: int, what: str) -> ModelError:
+    """The error for an input without a range."""
+    return ModelError(f"the input of {name} {what} at call {call}; leave the layer in float with --keep '{name}'")
 
 
 def nearest_run(values: Tensor, ran: Tensor) -> Tensor:

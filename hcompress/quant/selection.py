@@ -22,6 +22,7 @@ from hcompress.adapter import Adapter
 from hcompress.errors import ModelError, RecipeError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.grid import FORMATS, Format
+from hcompress.quant.settings import QuantSettings
 from hcompress_runtime.conditions import example
 
 MODULATIONS = {"DiTTransformer2DModel": "transformer_blocks.*.norm1.linear"}
@@ -63,9 +64,17 @@ class Selection:
         """K, how many inputs are rounded."""
         return len(set(self.columns.values()))
 
+    def num_weights(self, adapter: Adapter) -> int:
+        """How many weights are quantized; biases are not."""
+        return sum(adapter.network.get_submodule(name).get_parameter("weight").numel() for name in self.formats)
+
     def readers(self, column: int) -> list[str]:
         """The layers that read input `column`."""
         return [name for name, at in self.columns.items() if at == column]
+
+    def activation(self, column: int) -> str:
+        """What input `column` is rounded to, a key of ACTIVATION_GRIDS."""
+        return self.formats[self.readers(column)[0]].activation or ""
 
     def plan(self) -> dict[str, Any]:
         """JSON-able: {layer: {"weight", "activation", "block", "column"}}."""
@@ -105,6 +114,12 @@ def layers_of(adapter: Adapter) -> tuple[Layer, ...]:
     return tuple(found.values())
 
 
+def select_as(adapter: Adapter, settings: QuantSettings) -> Selection:
+    """What the `quant:` section of a recipe asks for. Raises as `select` does."""
+    modulation = None if settings.modulation == "keep" else settings.modulation
+    return select(adapter, settings.resolved_format, modulation=modulation, keep=settings.keep, only=settings.only)
+
+
 def select(
     adapter: Adapter,
     format: str | Format,
@@ -117,8 +132,8 @@ def select(
 
     modulation: the format of the family's block modulation; None keeps it. A modulation named by `only` takes `format`.
 
-    Raises ModelError for a network that is quantized already, RecipeError for an unknown format, for a pattern that
-    matches no layer, and where nothing is left.
+    Raises ModelError for a network that is quantized already and for weights that are NaN or infinite, RecipeError for
+    an unknown format, for a pattern that matches no layer, and where nothing is left.
     """
     if isinstance(adapter, QuantizedAdapter):
         raise ModelError("this model is quantized already; quantize the one it came from, with other settings")
@@ -137,6 +152,9 @@ def select(
     formats = {name: formats[name] for name in names if name in formats and name not in kept}
     if not formats:
         raise RecipeError("no layer is left to quantize; pass fewer --keep, or other --only patterns")
+    for name in formats:
+        if not adapter.network.get_submodule(name).get_parameter("weight").isfinite().all():
+            raise ModelError(f"the weight of {name} holds NaN or infinity; copy the model again")
     chosen = tuple(layer for layer in layers if layer.name in formats)
     formats = {name: _with_fitting_block(adapter, name, format) for name, format in formats.items()}
     return Selection(chosen, formats, _columns(chosen, formats))
@@ -154,7 +172,7 @@ def _columns(layers: Sequence[Layer], formats: dict[str, Format]) -> dict[str, i
 
 def _with_fitting_block(adapter: Adapter, name: str, format: Format) -> Format:
     """`format` with the largest block that divides both its own and the layer's width."""
-    width = adapter.network.get_submodule(name).in_features
+    width = adapter.network.get_submodule(name).get_parameter("weight").shape[1]
     return format if format.block is None else replace(format, block=math.gcd(format.block, width))
 
 

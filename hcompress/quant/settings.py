@@ -11,6 +11,9 @@ from hcompress.errors import RecipeError
 Positive = Annotated[float, Field(gt=0)]
 FORMATS_HERE = ("w8a8", "w4a8", "w4a4", "fp8", "w8", "w4")
 ELSEWHERE = {"nvfp4": "a Blackwell GPU", "mxfp4": "a Blackwell GPU", "mxfp8": "a Blackwell GPU"}
+INTEGERS = ("w8a8", "w4a8", "w4a4", "w8")
+LEARNED = ("w8a8", "w4a8", "w4a4")
+METHOD_FORMATS = {"fp8": ("fp8",), "int4-wo": ("w4",), "int8-smoothquant": ("w8a8",)}  # INTEGERS for all others
 DEFAULT_FORMATS = {"fp8": "fp8", "int4-wo": "w4"}  # of a method; w8a8 for all others
 
 
@@ -24,6 +27,8 @@ class QuantSettings(BaseModel):
     modulation: str = Field("w8", description="format of block adaLN, a third of DiT's weights, or keep")
     keep: list[str] = Field([], description="globs of layer names that stay in float")
     only: list[str] = Field([], description="globs of layer names that are quantized instead of the default ones")
+    samples: int = Field(16, ge=1, description="noises that calibrate; guidance doubles the rows")
+    batch: int = Field(8, ge=1, description="of them at a time")
 
     @property
     def resolved_format(self) -> str:
@@ -53,10 +58,15 @@ class PtqSettings(QuantSettings):
 
     method: Literal["int8-max", "int8-percentile", "int8-smoothquant", "fp8", "int4-wo", "ptq4dit"] = "int8-max"
     one_scale: bool = Field(False, description="one range of an input for all calls, instead of one for each")
-    samples: int = Field(16, ge=1, description="noises that calibrate; guidance doubles the rows")
-    batch: int = Field(8, ge=1, description="of them at a time")
     percentile: float = Field(99.99, gt=0, le=100, description="int8-percentile: share of values inside the range")
     alpha: float = Field(0.8, ge=0, le=1, description="int8-smoothquant: how far inputs are smoothed into weights")
+
+    @model_validator(mode="after")
+    def _method_has_the_format(self) -> Self:
+        allowed = METHOD_FORMATS.get(self.method, INTEGERS)
+        if self.resolved_format not in allowed:
+            raise RecipeError(f"quant.format = {self.format!r} is none of {self.method}'s: {', '.join(allowed)}")
+        return self
 
 
 class EfficientDMSettings(QuantSettings):
@@ -68,16 +78,28 @@ class EfficientDMSettings(QuantSettings):
     method: Literal["efficientdm"] = "efficientdm"
     updates: int = Field(2000, ge=1, description="optimiser steps, one a model call; rounded to whole trajectories")
     refresh: int = Field(200, ge=1, description="updates of the inputs' step sizes under a schedule that was relearned")
-    batch: int = Field(4, ge=1, description="noises a trajectory; guidance doubles the rows")
-    samples: int = Field(16, ge=1, description="noises on which the inputs' step sizes start")
+    batch: int = Field(4, ge=1, description="noises a trajectory, of calibration too; guidance doubles the rows")
     rank: int = Field(32, ge=1, description="of the low-rank update B A")
     w0: Literal["fp", "int"] = Field("fp", description="what B A is added to: the float weight, or the rounded one")
-    weighting: Literal["solver", "none"] = Field(
-        "solver", description="of each call's error: by the solver's weight of its output in the sample; paper: none"
+    weighting: Literal["relative", "none"] = Field(
+        "relative", description="each call's error counts relative to what it was before training, or as it is (paper)"
     )
     lr_lora: Positive = Field(4e-3, description="AdamW's rate of A and B, in mean weight steps of the layer")
     lr_weight: Positive = Field(1e-3, description="relative rate of the weights' step sizes")
     lr_activation: Positive = Field(1e-2, description="relative rate of the inputs' step sizes")
+    with_cache: str | None = Field(None, description="schedule of the float model, under which the result will run")
+    relearn: Literal["refine", "scratch", "keep"] = Field(
+        "refine", description="with_cache: learn its schedule on the quantized model, from its logits, anew, or not"
+    )
+    teacher: Literal["quantized", "fp"] = Field(
+        "quantized", description="with_cache: whose uncached output the schedule is learned to match"
+    )
+
+    @model_validator(mode="after")
+    def _integer_inputs(self) -> Self:
+        if self.resolved_format not in LEARNED:
+            raise RecipeError(f"quant.format = {self.format!r} is none of efficientdm's: {', '.join(LEARNED)}")
+        return self
 
 
 Quant = PtqSettings | EfficientDMSettings

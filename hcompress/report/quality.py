@@ -7,6 +7,7 @@ Distribution figures are the model's own offline metrics (hcompress.metrics), ea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcompress.metrics.fashion import fashion_metrics
+from hcompress.lowbit.adapter import QuantizedAdapter
+from hcompress.lowbit.artefact import network_bytes
+from hcompress.metrics.fashion import MIN_SAMPLES, fashion_metrics
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
+from hcompress.quantize import Quantized
 from hcompress.sampling import sample_seeded
+from hcompress.schedule import Schedule
 from hcompress.setting import Setting
 from hcompress_runtime.conditions import Given
 
 SSIM_WINDOW = 11
+WITH_CACHE = (
+    "dense float",
+    "cached float",
+    "dense quantized",
+    "cached quantized, the float model's schedule",
+    "cached quantized, its own schedule",
+)
 
 
 def balanced_labels(setting: Setting, count: int) -> Given:
@@ -91,3 +103,58 @@ def evaluate(
         "num_samples": count,
         "seed": seed,
     }
+
+
+def against_float(
+    dense: Setting,
+    quantized: Setting,
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """A model in few bits against the one it came from: {"float": {...}, "quantized": {...}, "num_samples", "seed"}.
+
+    megabytes: of the network's weights as a bundle holds them
+    """
+    reference = generate(dense, count, seed, None, lambda done: progress("float", done))
+    samples = generate(quantized, count, seed, None, lambda done: progress("quantized", done))
+    enough = count >= MIN_SAMPLES
+    return {
+        "float": (distribution(dense, reference) if enough else {}) | {"megabytes": network_bytes(dense.adapter) / 1e6},
+        "quantized": paired(samples, reference)
+        | (distribution(dense, samples) if enough else {})
+        | {"megabytes": network_bytes(quantized.adapter) / 1e6},
+        "num_samples": count,
+        "seed": seed,
+    }
+
+
+def with_cache(
+    made: Quantized,
+    given: Schedule,
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """Rounding and reuse, alone and together, each against the float model's uncached samples: WITH_CACHE's rows.
+
+    given: the float model's schedule. The quantized model runs under it, and uncached, at the step sizes that were
+    distilled under it, and under its own schedule at those that were refreshed.
+    """
+    assert made.schedule is not None and made.distilled is not None
+    adapter = made.quantized.adapter
+    assert isinstance(adapter, QuantizedAdapter)
+    before = QuantizedAdapter(adapter.original, made.distilled, adapter.timesteps, adapter.scales, adapter.plan)
+    distilled = replace(made.quantized, model=replace(made.quantized.model, adapter=before))
+    everything = np.ones_like(given.compute)
+    settings = (made.dense, made.dense, distilled, distilled, made.quantized)
+    masks = (everything, given.compute, everything, given.compute, made.schedule.compute)
+    reference, rows = None, {}
+    for name, setting, mask in zip(WITH_CACHE, settings, masks, strict=True):
+        compute = None if mask.all() else mask
+        samples = generate(setting, count, seed, compute, lambda done, name=name: progress(name, done))
+        reference = samples if reference is None else reference
+        rows[name] = (paired(samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
+        rows[name] |= distribution(setting, samples) if count >= MIN_SAMPLES else {}
+        rows[name]["megabytes"] = network_bytes(setting.adapter) / 1e6
+    return {"rows": rows, "num_samples": count, "seed": seed}

@@ -31,13 +31,13 @@ class Router:
         num_branches: int,
         settings: HarmoniCaSettings,
         seed: int,
-        first: NDArray[np.float32] | float | None = None,
+        first: NDArray[np.float32] | None = None,
     ) -> None:
         """`first`: logits to start from, [T, N], such as those of another schedule; None: as the settings say."""
         rng = np.random.default_rng(seed)
-        if first is None:
-            first = rng.standard_normal((num_calls, num_branches)) if settings.init == "normal" else settings.init
-        table = np.broadcast_to(np.asarray(first, np.float32), (num_calls, num_branches)).copy()
+        drawn = rng.standard_normal((num_calls, num_branches)) if settings.init == "normal" else settings.init
+        logits = np.asarray(drawn if first is None else first, np.float32)
+        table = np.broadcast_to(logits, (num_calls, num_branches)).copy()
         table[0] = settings.clamp
         self.rows = nn.ParameterList([nn.Parameter(torch.from_numpy(row)) for row in table])
         self.rows[0].requires_grad_(False)

@@ -1,0 +1,92 @@
+"""Which layers can bear few bits: one is quantized at a time, and what that does to the output is measured.
+
+    error of a layer = mean over calls of  |o - o_layer|^2 / |o|^2,   o the guided output on the float model's own state
+
+States are the float trajectory's, so no layer pays for what an earlier call did.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hcompress.adapter import Adapter
+from hcompress.quant.build import build
+from hcompress.quant.calibration import Walk, observe
+from hcompress.quant.selection import Selection
+from hcompress.sampling import constants_of, trajectory
+
+OUTLIER = 10.0  # times the median error: proposed to be kept
+CALLS = 5  # of the trajectory, spread evenly, on which a layer is judged
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One layer's share in the damage. `error` is relative, of the guided output's square; `format` as of FORMATS."""
+
+    name: str
+    error: float
+    format: str
+    weights: int
+    proposed: bool
+
+
+def analyze(
+    adapter: Adapter,
+    selection: Selection,
+    walk: Walk,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Sensitivity]:
+    """Every layer of `selection`, the most sensitive first; ranges are min-max, for each call.
+
+    `proposed` are those whose error is more than OUTLIER times the median: keep them, and the rest costs little.
+    on_layer: told how many of how many are done. Raises what `observe` and `build` raise.
+    """
+    seen = observe(adapter, selection, walk, num_values=1)
+    timesteps = torch.from_numpy(walk.table.timesteps)
+    calls = sorted(set(np.linspace(0, walk.table.num_calls - 1, CALLS).round().astype(int).tolist()))
+    batch = next(walk.draws(adapter))
+    path = list(trajectory(adapter, walk.table, batch.condition, batch.start, cfg=walk.cfg, noises=batch.noises))
+    channels = adapter.sample_shape[0]
+    errors: dict[str, float] = {}
+    for done, layer in enumerate(selection.layers):
+        alone, columns = only(selection, layer.name)
+        quantized = build(adapter, alone, seen.amax[:, columns], timesteps, {"name": "analysis"})
+        constants = constants_of(quantized, walk.table)
+        shares = []
+        with torch.no_grad():
+            for call in calls:
+                x, output, _ = path[call]
+                ours = quantized.guided(x, batch.condition, constants[call], walk.cfg)[:, :channels]
+                shares.append(((ours - output).square().sum() / output.square().sum()).item())
+        errors[layer.name] = statistics.fmean(shares)
+        on_layer(done + 1, len(selection.layers))
+    limit = OUTLIER * statistics.median(errors.values())
+    found = [
+        Sensitivity(
+            name,
+            error,
+            f"{selection.formats[name].weight}/{selection.formats[name].activation or 'float'}",
+            adapter.network.get_submodule(name).get_parameter("weight").numel(),
+            error > limit,
+        )
+        for name, error in errors.items()
+    ]
+    return sorted(found, key=lambda one: -one.error)
+
+
+def only(selection: Selection, name: str) -> tuple[Selection, list[int]]:
+    """`selection` with layer `name` alone, and the columns of its inputs in the whole one: one, or none."""
+    columns = [selection.columns[name]] if name in selection.columns else []
+    layers = tuple(layer for layer in selection.layers if layer.name == name)
+    alone = replace(
+        selection,
+        layers=layers,
+        formats={name: selection.formats[name]},
+        columns={name: 0} if columns else {},
+    )
+    return alone, columns

@@ -1,0 +1,66 @@
+"""A calibrator for modelopt that keeps one of modelopt's own for each model call.
+
+modelopt's own way to be aware of steps is a calibrator that counts its forwards, which is wrong as soon as one is
+skipped. Here the sampler's loop says which call is under way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
+from modelopt.torch.quantization.calib.calibrator import _Calibrator
+from torch import Tensor
+
+from hcompress.quant.calibration import unfit
+
+
+@final
+class Now:
+    """The call under way; one object for all calibrators of a network."""
+
+    call = 0
+
+    def set(self, call: int) -> None:
+        """The loop is at `call`."""
+        self.call = call
+
+
+@final
+class ByCall(_Calibrator):  # type: ignore[misc]  # modelopt is not typed
+    """Largest absolute values of layer `name`'s input by call, or with `percentile` (0 to 100) those of a histogram.
+
+    An axis, which SmoothQuant sets, keeps a value for each channel.
+    """
+
+    def __init__(self, name: str, now: Now, percentile: float | None = None) -> None:
+        super().__init__()
+        self.name, self.now, self.percentile = name, now, percentile
+        self.each: dict[int, Any] = {}
+
+    def collect(self, x: Tensor) -> None:
+        """Hand `x` to the calibrator of this call. Raises ModelError where it has no range, which modelopt asserts."""
+        if not x.isfinite().all():
+            raise unfit(self.name, self.now.call, "holds NaN or infinity")
+        if self.now.call not in self.each:
+            kind = MaxCalibrator if self.percentile is None else HistogramCalibrator
+            self.each[self.now.call] = kind(self._num_bits, self._axis, self._unsigned)
+        self.each[self.now.call].collect(x)
+
+    def by_call(self) -> dict[int, Tensor]:
+        """Float32 ranges of the calls that were seen."""
+        if self.percentile is None:
+            return {call: one.compute_amax().float().cpu() for call, one in self.each.items()}
+        return {
+            call: one.compute_amax("percentile", percentile=self.percentile).float().cpu()
+            for call, one in self.each.items()
+        }
+
+    def compute_amax(self, *_: Any, **__: Any) -> Tensor | None:
+        """The largest of all calls, which is all that modelopt's quantizer can hold. None where none was seen."""
+        ranges = list(self.by_call().values())
+        return torch.stack(ranges).amax(dim=0) if ranges else None
+
+    def reset(self) -> None:
+        """Keeps what was seen: modelopt resets once it has read it, and it is read by call later."""

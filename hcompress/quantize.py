@@ -1,0 +1,151 @@
+"""From a recipe to a run folder with a network in few bits in it, which is a MODEL from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hcompress.adapter import Adapter
+from hcompress.distil import Report, distil
+from hcompress.errors import ModelError
+from hcompress.lowbit.adapter import QuantizedAdapter
+from hcompress.lowbit.artefact import FILE, Origin, load_quantized, read_origin, save_quantized
+from hcompress.models.loading import load_model
+from hcompress.quant import QUANTIZERS
+from hcompress.quant.calibration import Walk
+from hcompress.quant.settings import EfficientDMSettings, Quant
+from hcompress.recipe import QuantRecipe, SolverSettings, resolve_quant
+from hcompress.rundir import RunDir, environment, open_run
+from hcompress.schedule import Schedule
+from hcompress.setting import Setting, open_setting, setting_of
+from hcompress.solver import make_scheduler, probe, solver_identity
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model before and after, under one solver and guidance.
+
+    schedule:  that the result was made for, and fits it
+    distilled: where one was learned for it, float32[T, K], log step sizes under the float model's schedule
+    """
+
+    dense: Setting
+    quantized: Setting
+    schedule: Schedule | None = None
+    distilled: Tensor | None = None
+
+
+def walk_of(setting: Setting, settings: Quant, seed: int, schedule: Schedule | None = None) -> Walk:
+    """The trajectory that a recipe calibrates on: uncached, or under `schedule`."""
+    compute = None if schedule is None else schedule.compute
+    return Walk(setting.table, setting.cfg, settings.samples, settings.batch, seed, compute)
+
+
+def open_float(recipe: QuantRecipe, *, device: str = "cpu") -> Setting:
+    """The setting that is to be quantized. Raises ModelError where it is quantized already."""
+    if (Path(recipe.model) / FILE).is_file():
+        base = read_origin(Path(recipe.model) / FILE).base.model
+        raise ModelError(
+            f"{recipe.model} is quantized already; quantize {base}, which it came from, or pass --resample-steps "
+            "to give it another solver or number of steps"
+        )
+    return setting_of(recipe, device=device)
+
+
+def quantize(
+    recipe: QuantRecipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    schedule: Schedule | None = None,
+    on_start: Callable[[Setting, int], None] = lambda setting, calls: None,
+    on_call: Callable[[int], None] = lambda done: None,
+    on_progress: Report = lambda stage, trajectories, progress: None,
+) -> Quantized:
+    """Quantize as `recipe` says and leave `out`/quantized.safetensors. With `resume`, it goes on or is opened.
+
+    schedule:    of the float model, whose mask the calibration runs under; None: uncached, or that of the recipe
+    on_start:    gets the opened setting and the number of model calls of one walk, `on_call` how many are done
+    on_progress: told of each trajectory of a method that is trained
+
+    A recipe with a schedule of its own (`with_cache`) leaves `out`/schedule.safetensors too.
+
+    Raises RunError where `out` cannot be used, ScheduleError for a schedule of another model, ModelError, RecipeError.
+    """
+    setting, settings = open_float(recipe, device=device), recipe.quant
+    if isinstance(settings, EfficientDMSettings) and settings.with_cache:
+        schedule = Schedule.load(Path(settings.with_cache))
+    if schedule is not None:
+        schedule.check_fits(setting.adapter.graph, setting.identity)
+    run = open_run(out, recipe, resume=resume)
+    if isinstance(settings, EfficientDMSettings):
+        on_start(setting, 0)
+        return _distil(setting, settings, recipe.seed, run, schedule, on_progress)
+    walk = walk_of(setting, settings, recipe.seed, schedule)
+    on_start(setting, setting.table.num_calls * -(-walk.samples // walk.batch))
+    if resume and run.quantized.is_file():
+        adapter = load_quantized(run.quantized, setting.adapter)
+    else:
+        adapter = QUANTIZERS[settings.method](setting.adapter, walk, settings, on_call)
+        adapter.plan["solver"] = setting.identity.solver
+        save_quantized(adapter, setting.adapter, origin_of(setting, adapter, schedule), run.quantized)
+    return Quantized(setting, with_adapter(setting, adapter, str(out)))
+
+
+def _distil(
+    setting: Setting, settings: EfficientDMSettings, seed: int, run: RunDir, given: Schedule | None, report: Report
+) -> Quantized:
+    """Stages that are finished are not run again: of a finished run this opens the result."""
+    made = distil(setting, settings, seed, run, given, report)
+    if not run.quantized.is_file():
+        if made.schedule is not None:
+            made.schedule.save(run.schedule)
+        save_quantized(made.adapter, setting.adapter, origin_of(setting, made.adapter, made.schedule), run.quantized)
+    return Quantized(
+        setting, with_adapter(setting, made.adapter, str(run.path)), made.schedule, made.distilled if given else None
+    )
+
+
+def origin_of(setting: Setting, adapter: QuantizedAdapter, schedule: Schedule | None = None) -> Origin:
+    """Where `adapter` comes from: the float model of `setting`, under `schedule`."""
+    fingerprint = None if schedule is None else schedule.fingerprint
+    return Origin(setting.identity, adapter.plan, environment()["packages"], fingerprint)
+
+
+def with_adapter(setting: Setting, adapter: Adapter, name: str) -> Setting:
+    """`setting` with another adapter, whose model is called `name`."""
+    identity = adapter.identity(name, setting.identity.solver, setting.cfg)
+    return replace(setting, model=replace(setting.model, name=name, adapter=adapter), identity=identity)
+
+
+def resample(model: str, solver: str, steps: int, cfg: float, out: Path) -> Setting:
+    """A quantized MODEL for another solver or number of steps, in `out`: each call has the nearest timestep's sizes.
+
+    Raises ModelError for a model that is not quantized, RunError where `out` is not empty.
+    """
+    file = Path(model) / FILE
+    if not file.is_file():
+        raise ModelError(f"--resample-steps is for a folder of `hcompress quantize`, and {model} is none")
+    origin = read_origin(file)
+    base = load_model(origin.base.model)
+    adapter = load_quantized(file, base.adapter)
+    scheduler = make_scheduler(solver, base.scheduler_config)
+    timesteps = torch.from_numpy(probe(scheduler, steps).timesteps).float()
+    nearest = (timesteps[:, None] - adapter.timesteps).abs().argmin(dim=1)
+    plan = adapter.plan | {"solver": dict(solver_identity(scheduler, steps)), "resampled": origin.plan["solver"]}
+    taken = QuantizedAdapter(adapter.original, adapter.log_scales.detach()[nearest], timesteps, adapter.scales, plan)
+    recipe = recipe_of(RunDir(Path(model)), solver, steps, cfg)
+    run = open_run(out, recipe)
+    save_quantized(taken, base.adapter, replace(origin, plan=plan), run.quantized)
+    return open_setting(str(out), solver, steps, cfg)
+
+
+def recipe_of(run: RunDir, solver: str, steps: int, cfg: float) -> QuantRecipe:
+    """The recipe of a quantized run with another solver, number of steps and guidance."""
+    recipe = resolve_quant(run.recipe)
+    return recipe.model_copy(update={"solver": SolverSettings(name=solver, steps=steps), "cfg": cfg})
