@@ -33,7 +33,7 @@ def resumed(run: RunDir, stage: str, memory: Resumable, progress: Iterator[Any])
     checkpoint = run.path / f"{stage}.pt"
     if checkpoint.exists():
         memory.restore(read_checkpoint(checkpoint))
-    earlier, first = sum(record["stage"] != stage for record in run.records()), True
+    earlier, first = sum(record.get("stage") != stage for record in run.records()), True
     for done in progress:
         if first:
             run.rewind(earlier + done.trajectory - 1)  # what a kill left between the log and the checkpoint

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def with_cache(
     reference, rows = None, {}
     for name, setting, mask in zip(WITH_CACHE, settings, masks, strict=True):
         compute = None if mask.all() else mask
-        samples = generate(setting, count, seed, compute, lambda done, name=name: progress(name, done))
+        samples = generate(setting, count, seed, compute, partial(progress, name))
         reference = samples if reference is None else reference
         rows[name] = (paired(samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
         rows[name] |= distribution(setting, samples) if count >= MIN_SAMPLES else {}
