@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_table, random_mask
-from torch.nn import functional
 
 from hcompress.adapter import compute_all
 from hcompress.lowbit.adapter import QuantizedAdapter
