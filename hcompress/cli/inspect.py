@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -57,10 +58,12 @@ def _model(name: str, as_json: bool) -> None:
 
     from hcompress.models.loading import load_model
 
-    graph = load_model(name).adapter.graph
+    adapter = load_model(name).adapter
+    graph, plan = adapter.graph, adapter.config().get("quantization")
     if as_json:
         branches = [{"name": b.name, "macs": b.macs, "shape": b.shape} for b in graph.branches]
-        print(json.dumps({"model": name, "branches": branches, "other_macs": graph.other_macs}))
+        described = {"model": name, "branches": branches, "other_macs": graph.other_macs}
+        print(json.dumps(described | ({"quantization": plan} if plan else {})))
         return
     total = graph.call_macs
     table = Table("branch", "MMACs", "share", "slot", title=f"{name}: {len(graph)} branches, {total / 1e6:.1f} MMACs")
@@ -69,3 +72,10 @@ def _model(name: str, as_json: bool) -> None:
         table.add_row(branch.name, f"{branch.macs / 1e6:.2f}", f"{100 * branch.macs / total:.1f} %", slot)
     table.add_row("(always computed)", f"{graph.other_macs / 1e6:.2f}", f"{100 * graph.other_macs / total:.1f} %", "")
     Console().print(table)
+    if plan:
+        kinds = Counter(f"{layer['weight']} / {layer['activation'] or 'float'}" for layer in plan["layers"].values())
+        layers = ", ".join(f"{count} layers {kind}" for kind, count in kinds.items())
+        solver = plan["solver"]
+        print(
+            f"{plan['method']['name']}, weights / inputs: {layers}; for {solver['class']} with {solver['steps']} steps"
+        )

@@ -105,10 +105,10 @@ class QuantLinear(nn.Module):
         return functional.linear(x, dequantize(self.integers, self.weight_scale).to(x.dtype), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        integers, scale = self.integers, self.weight_scale
         super()._apply(fn, recurse)
-        self.integers = self.integers.to(
-            self.format.weight_grid.dtype
-        )  # float8 is a float to torch; widening lost none
+        self.integers = integers.to(self.integers.device)  # float8 counts as a float, and would become another one
+        self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
 

@@ -38,6 +38,7 @@ class ByCall(_Calibrator):  # type: ignore[misc]  # modelopt is not typed
         super().__init__()
         self.name, self.now, self.percentile = name, now, percentile
         self.each: dict[int, Any] = {}
+        self.before: dict[int, Any] = {}
 
     def collect(self, x: Tensor) -> None:
         """Hand `x` to the calibrator of this call. Raises ModelError where it has no range, which modelopt asserts."""
@@ -49,18 +50,22 @@ class ByCall(_Calibrator):  # type: ignore[misc]  # modelopt is not typed
         self.each[self.now.call].collect(x)
 
     def by_call(self) -> dict[int, Tensor]:
-        """Float32 ranges of the calls that were seen."""
-        if self.percentile is None:
-            return {call: one.compute_amax().float().cpu() for call, one in self.each.items()}
-        return {
-            call: one.compute_amax("percentile", percentile=self.percentile).float().cpu()
-            for call, one in self.each.items()
-        }
+        """Float32 ranges of the calls that were seen, also after a reset."""
+        return {call: self._range(one) for call, one in (self.each or self.before).items()}
 
     def compute_amax(self, *_: Any, **__: Any) -> Tensor | None:
         """The largest of all calls, which is all that modelopt's quantizer can hold. None where none was seen."""
-        ranges = list(self.by_call().values())
+        ranges = [self._range(one) for one in self.each.values()]
         return torch.stack(ranges).amax(dim=0) if ranges else None
 
     def reset(self) -> None:
-        """Keeps what was seen: modelopt resets once it has read it, and it is read by call later."""
+        """modelopt has read what was seen; it is kept for `by_call`."""
+        self.before, self.each = self.each or self.before, {}
+
+    def _range(self, one: Any) -> Tensor:
+        found = (
+            one.compute_amax()
+            if self.percentile is None
+            else one.compute_amax("percentile", percentile=self.percentile)
+        )
+        return found.float().cpu()

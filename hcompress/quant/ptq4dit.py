@@ -8,7 +8,7 @@ of the weights say most of what can be moved. Divisions are folded (hcompress.qu
 leaves open; where none can be, an input stays as it is. That is exact in float, so the order of layers, in which they
 go on from balanced predecessors, does not matter here.
 
-Ranges: of a weight's channel the best of three percentiles, of an input that with the least error. Not taken over:
+Ranges: of a weight's channel the best of a few percentiles, of an input that with the least error. Not taken over:
 BRECQ's learned rounding (20 000 iterations a block, hours on a CPU; here rounding is to nearest), asymmetric grids
 (TensorRT has none), and quantized attention products.
 """
@@ -26,11 +26,11 @@ from hcompress.lowbit.grid import SMALLEST_SCALE, Format
 from hcompress.lowbit.linear import absmax_scale, widen
 from hcompress.quant.balance import balanced, folds_of, weight_salience
 from hcompress.quant.build import build
-from hcompress.quant.calibration import Walk, least_error, nearest_run, observe, watch
+from hcompress.quant.calibration import Walk, least_error, nearest_run, observe, unfit, watch
 from hcompress.quant.selection import select_as
 from hcompress.quant.settings import PtqSettings
 
-PERCENTILES = (0.999, 0.9999, 0.99999)  # of a weight channel's range; the authors' code
+PERCENTILES = (0.999, 0.9999, 0.99999, 1.0)  # of a weight channel's range; the authors' code has the first three
 TINY = 1e-8  # beside s(W), there too
 
 
@@ -44,7 +44,7 @@ def ptq4dit(
     selection = select_as(adapter, settings)
     folds = folds_of(adapter, selection)
     of_weights = {column: weight_salience(adapter, fold.readers) for column, fold in folds.items()}
-    of_inputs = {column: Salience(weights) for column, weights in of_weights.items()}
+    of_inputs = {column: Salience(fold.readers[0], of_weights[column]) for column, fold in folds.items()}
     watch(adapter, walk, {fold.readers[0]: of_inputs[column].see for column, fold in folds.items()}, on_call)
     divisors = {column: (of_inputs[column].mean() / (of_weights[column] + TINY)).sqrt() for column in folds}
     adapter = balanced(adapter, folds, divisors)
@@ -69,14 +69,16 @@ def ptq4dit(
 
 
 class Salience:
-    """The mean of s(X_i) under SSC's weights, one sample after the other: a softmax needs no second look at the X_i."""
+    """The mean of layer `name`'s s(X_i) under SSC's weights, sample by sample: a softmax needs no second look."""
 
-    def __init__(self, of_weights: Tensor) -> None:
-        self.of_weights = of_weights
+    def __init__(self, name: str, of_weights: Tensor) -> None:
+        self.name, self.of_weights = name, of_weights
         self.total, self.sum = torch.zeros_like(of_weights), torch.zeros(())
 
     def see(self, call: int, x: Tensor) -> None:
-        """One call's inputs [R, ..., in]; each row is a sample."""
+        """One call's inputs [R, ..., in]; each row is a sample. Raises ModelError for NaN or infinity."""
+        if not x.isfinite().all():
+            raise unfit(self.name, call, "holds NaN or infinity")
         each = x.detach().abs().flatten(1, -2).amax(dim=1).float()  # [R, in]
         weights = (-spearman(each, self.of_weights)).exp()  # in [1/e, e]: no overflow to guard against
         self.total += weights @ each
@@ -99,7 +101,7 @@ def percentile_scale(weight: Tensor, format: Format) -> Tensor:
     weight, whole = weight.detach().float(), absmax_scale(weight, format)
     blocks = weight.abs().unflatten(1, (whole.shape[1], -1))
     scales = torch.stack([blocks.quantile(share, dim=2) / format.weight_grid.high for share in PERCENTILES])
-    scales = scales.clamp(min=SMALLEST_SCALE)  # [3, out, blocks]
+    scales = scales.clamp(min=SMALLEST_SCALE)  # [4, out, blocks]
     errors = [
         (weight - format.weight_grid.fake(weight, widen(scale, weight.shape[1]))).square().unflatten(
             1, (whole.shape[1], -1)

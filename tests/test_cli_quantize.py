@@ -1,0 +1,248 @@
+"""`hcompress quantize` as a user types it, and its folder as the MODEL of every other verb."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CALLS, CFG, make_dit, random_mask
+from PIL import Image
+
+from hcompress.cli.main import main
+from hcompress.errors import ModelError, RecipeError, ScheduleError
+from hcompress.lowbit.adapter import QuantizedAdapter
+from hcompress.models.loading import load_model
+from hcompress.quantize import quantize
+from hcompress.recipe import resolve_any, resolve_quant
+from hcompress.schedule import Schedule
+from hcompress.setting import open_setting
+
+
+@pytest.fixture
+def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a verb in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: Path) -> Path:
+    """The diffusers folder of the tiny pixel-space model."""
+    return tiny_run.parent / "model"
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, quantized. Do not change it."""
+    out = tmp_path_factory.mktemp("quantized") / "q"
+    flags = {"model": str(model), "solver.steps": CALLS, "cfg": CFG, "quant.samples": 4}
+    quantize(resolve_quant(None, flags), out)
+    return out
+
+
+def line(stderr: str) -> str:
+    """The one line of an error."""
+    lines = [text for text in stderr.splitlines() if text.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+def test_a_table_of_what_it_did_and_a_folder_that_is_a_model(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    flags = (
+        "--steps",
+        CALLS,
+        "--method",
+        "ptq4dit",
+        "--samples",
+        3,
+        "--set",
+        "quant.samples=4",
+        "--json",
+        "--out",
+        out,
+    )
+    code, stdout, _ = hcompress("quantize", model, *flags)
+    assert code == 0
+    figures = json.loads(stdout)
+    assert figures["quantized"]["psnr_db"] > 30  # eight bits; half of all pixels wrong by a tenth would be 23
+    assert figures["quantized"]["megabytes"] < figures["float"]["megabytes"]
+    assert {file.name for file in out.iterdir()} == {
+        "recipe.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "quantized.safetensors",
+    }
+    assert resolve_any(out / "recipe.yaml").quant.method == "ptq4dit"  # type: ignore[union-attr]
+    loaded = load_model(str(out))
+    assert isinstance(loaded.adapter, QuantizedAdapter) and loaded.folder == model
+
+
+def test_resume_opens_what_is_finished_and_another_recipe_is_refused(
+    hcompress: Any, run: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q"
+    shutil.copytree(run, out)
+    before = (out / "quantized.safetensors").stat().st_mtime_ns
+    common = (
+        "quantize",
+        model,
+        "--steps",
+        CALLS,
+        "--cfg",
+        CFG,
+        "--set",
+        "quant.samples=4",
+        "--samples",
+        0,
+        "--out",
+        out,
+    )
+    assert hcompress(*common, "--resume")[0] == 0
+    assert (out / "quantized.safetensors").stat().st_mtime_ns == before
+    assert "is not empty; pass --resume" in line(hcompress(*common)[2])
+    assert "quant.method: int8-max != fp8" in line(hcompress(*common, "--resume", "--method", "fp8")[2])
+
+
+def test_train_and_generate_take_it_with_no_other_flag(hcompress: Any, run: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "t"
+    small = ("--target-cur", 0.3, "--set", "caching.trajectories=2", "--set", "caching.batch=1")
+    assert hcompress("train", run, *small, "--out", trained)[0] == 0
+    schedule = Schedule.load(trained / "schedule.safetensors")
+    assert (schedule.num_calls, schedule.identity.cfg, schedule.identity.model) == (CALLS, CFG, str(run))
+    setting = open_setting(str(run), "ddim", CALLS, CFG)
+    schedule.check_fits(setting.adapter.graph, setting.identity)
+    picture = tmp_path / "p.png"
+    given = ("--schedule", trained / "schedule.safetensors", "--labels", "0,1", "--out", picture)
+    assert hcompress("generate", run, *given)[0] == 0
+    with Image.open(picture) as image:
+        assert image.size[1] == 8
+    with pytest.raises(ScheduleError, match="config_hash"):  # of the float model it was quantized from
+        dense = open_setting(str(setting.model.folder), "ddim", CALLS, CFG)
+        schedule.check_fits(dense.adapter.graph, dense.identity)
+
+
+def test_eval_and_inspect_take_it(hcompress: Any, run: Path, tmp_path: Path) -> None:
+    setting = open_setting(str(run), "ddim", CALLS, CFG)
+    mask = random_mask(CALLS, len(setting.adapter.graph))
+    file = tmp_path / "schedule.safetensors"
+    Schedule(mask, setting.adapter.graph.names, setting.identity, {"name": "random"}).save(file)
+    code, stdout, _ = hcompress("eval", run, "--schedule", file, "--samples", 2, "--json")
+    assert code == 0 and json.loads(stdout)["cur"] == pytest.approx(1 - mask.mean())
+    code, stdout, _ = hcompress("inspect", run, "--json")
+    described = json.loads(stdout)
+    assert code == 0 and len(described["branches"]) == 4
+    assert described["quantization"]["method"]["name"] == "int8-max"
+
+
+def test_analyze_ranks_and_draws(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    flags = ("--steps", CALLS, "--analyze", "--set", "quant.samples=2", "--only", "*.ff.*", "--json", "--out", out)
+    code, stdout, _ = hcompress("quantize", model, *flags)
+    assert code == 0
+    ranked = json.loads(stdout)["layers"]
+    assert len(ranked) == 4 and ranked[0]["error"] >= ranked[-1]["error"] > 0
+    with Image.open(out / "sensitivity.png") as image:
+        assert image.width > 300
+    assert not (out / "quantized.safetensors").exists()
+
+
+def test_dry_run_says_what_and_writes_nothing(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    code, stdout, _ = hcompress("quantize", model, "--steps", CALLS, "--keep", "*.to_out.0", "--dry-run", "--out", out)
+    assert code == 0 and not out.exists()
+    assert "transformer_blocks.0.attn1.to_q" in stdout and "to_out" not in stdout
+
+
+def test_another_grid_is_refused_until_it_is_resampled(hcompress: Any, run: Path, tmp_path: Path) -> None:
+    code, _, stderr = hcompress("generate", run, "--steps", 7, "--labels", "0", "--out", tmp_path / "p.png")
+    assert code == 1
+    assert f"calls of DDIMScheduler with {CALLS} steps, not for DDIMScheduler with 7" in line(stderr)
+    out = tmp_path / "other"
+    assert hcompress("quantize", run, "--resample-steps", "--steps", 7, "--out", out)[0] == 0
+    assert hcompress("generate", out, "--labels", "0", "--out", tmp_path / "p.png")[0] == 0
+    first, then = (load_model(str(path)).adapter for path in (run, out))
+    assert isinstance(first, QuantizedAdapter) and isinstance(then, QuantizedAdapter)
+    assert then.log_scales.shape[0] == 7
+    for timestep, row in zip(then.timesteps, then.log_scales, strict=True):
+        assert torch.equal(row, first.log_scales[(first.timesteps - timestep).abs().argmin()])
+
+
+# ---- what is refused, in one line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--format", "nvfp4"),
+            "quant.format = 'nvfp4' needs a Blackwell GPU and is not written by hcompress; what runs",
+        ),
+        (("--format", "w3a3"), "quant.format = 'w3a3' should be one of w8a8"),
+        (("--method", "fp8", "--format", "w4a4"), "quant.format = 'w4a4' is none of fp8's: fp8"),
+        (("--method", "int8"), "quant.method = 'int8' should be 'int8-max'"),
+        (("--set", "quant.samples=0"), "quant.samples = 0 should be greater than or equal to 1"),
+        (("--set", "quant.sampels=4"), "unknown key 'quant.sampels'; did you mean 'quant.samples'?"),
+        (("--set", "caching.beta=1.0"), "unknown key 'caching.beta'"),
+        (("--keep", "*attention*"), "the pattern '*attention*' matches no linear layer"),
+        (("--resample-steps",), "--resample-steps is for a folder of `hcompress quantize`"),
+    ],
+)
+def test_bad_flags(hcompress: Any, model: Path, tmp_path: Path, flags: tuple[str, ...], said: str) -> None:
+    code, stdout, stderr = hcompress("quantize", model, "--steps", CALLS, *flags, "--out", tmp_path / "q")
+    assert (code, stdout) == (1, "")
+    assert said in line(stderr)
+    assert not (tmp_path / "q" / "quantized.safetensors").exists()
+
+
+def test_a_quantized_model_is_not_quantized_again(hcompress: Any, run: Path, model: Path, tmp_path: Path) -> None:
+    said = line(hcompress("quantize", run, "--steps", CALLS, "--out", tmp_path / "q")[2])
+    assert f"{run} is quantized already; quantize {model}" in said
+
+
+def test_a_base_with_other_weights_is_refused(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    out = tmp_path / "q"
+    quantize(resolve_quant(None, {"model": str(folder), "solver.steps": CALLS, "quant.samples": 1}), out)
+    make_dit(channels=1, seed=1).network.save_pretrained(folder / "transformer")
+    with pytest.raises(ModelError, match="was made from a .* of other weights .* bring that model back"):
+        load_model(str(out))
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match="was quantized from .*, which it needs: no model folder|is no local folder"):
+        load_model(str(out))
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path, run: Path) -> None:
+    out = tmp_path / "q"
+    shutil.copytree(run, out)
+    file = out / "quantized.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is truncated or not a safetensors file"):
+        load_model(str(out))
+
+
+def test_a_schedule_of_another_model_is_refused(tmp_path: Path, tiny_run: Path, model: Path) -> None:
+    recipe = resolve_quant(None, {"model": str(model), "solver.steps": 7, "quant.samples": 1})
+    schedule = Schedule.load(tiny_run / "schedule.safetensors")
+    with pytest.raises(ScheduleError, match="5 steps, but this run uses DDIMScheduler with 7"):
+        quantize(recipe, tmp_path / "q", schedule=schedule)
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_recipe_is_of_one_kind(tmp_path: Path) -> None:
+    file = tmp_path / "both.yaml"
+    file.write_text("model: m\nquant: {method: fp8}\ncaching: {target_cur: 0.4}\n")
+    with pytest.raises(RecipeError, match="has a caching and a quant section"):
+        resolve_any(file)
