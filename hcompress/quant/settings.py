@@ -86,7 +86,7 @@ class EfficientDMSettings(QuantSettings):
     )
     lr_lora: Positive = Field(4e-3, description="AdamW's rate of A and B, in mean weight steps of the layer")
     lr_weight: Positive = Field(1e-3, description="relative rate of the weights' step sizes")
-    lr_activation: Positive = Field(1e-2, description="relative rate of the inputs' step sizes")
+    lr_activation: Positive = Field(5e-3, description="relative rate of the inputs' step sizes")
     with_cache: str | None = Field(None, description="schedule of the float model, under which the result will run")
     relearn: Literal["refine", "scratch", "keep"] = Field(
         "refine", description="with_cache: learn its schedule on the quantized model, from its logits, anew, or not"
