@@ -46,11 +46,13 @@ class Distilled:
 
     adapter:   in few bits, its step sizes those of `schedule`, or uncached
     schedule:  fits `adapter`; None where none was given
+    active:    bool[T, K], the step sizes that a run under `schedule` reads
     distilled: float32[T, K], log step sizes as the first stage left them, under the schedule that was given
     """
 
     adapter: QuantizedAdapter
     schedule: Schedule | None
+    active: Tensor | None
     distilled: Tensor
 
 
@@ -79,12 +81,13 @@ def distil(
     adapter = stage.finish()
     distilled = adapter.log_scales.detach().clone()
     if given is None:
-        return Distilled(adapter, None, distilled)
+        return Distilled(adapter, None, None, distilled)
 
     identity = adapter.identity(str(run.path), setting.identity.solver, setting.cfg)
     if settings.relearn == "keep":
         method = given.method | {"relearn": "keep"}
-        return Distilled(adapter, replace(given, identity=identity, method=method), distilled)
+        kept = replace(given, identity=identity, method=method)
+        return Distilled(adapter, kept, active_inputs(selection, given.compute), distilled)
     caching = router_settings(given, settings)
     first = first_logits(given, caching) if settings.relearn == "refine" else None
     target = teacher if settings.teacher == "fp" else None
@@ -105,7 +108,7 @@ def distil(
         "mac_ratio": adapter.graph.mac_ratio(compute),
     }
     schedule = Schedule(compute, adapter.graph.names, identity, method, training.router.logits())
-    return Distilled(adapter, schedule, distilled)
+    return Distilled(adapter, schedule, active_inputs(selection, compute), distilled)
 
 
 def amax_under(setting: Setting, selection: Selection, walk: Walk) -> Tensor:
@@ -118,7 +121,7 @@ def amax_under(setting: Setting, selection: Selection, walk: Walk) -> Tensor:
     return torch.where(seen.ran, amax, start_amax(dense, selection))
 
 
-def active_inputs(selection: Selection, compute: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def active_inputs(selection: Selection, compute: NDArray[np.bool_]) -> Tensor:
     """bool[T, K]: the inputs that each call of a run under `compute` [T, N] reads."""
     branch_of = {layer.name: layer.branch for layer in selection.layers}
     active = np.ones((len(compute), selection.num_inputs), bool)  # an input outside all branches always is
@@ -126,7 +129,7 @@ def active_inputs(selection: Selection, compute: NDArray[np.bool_]) -> NDArray[n
         branches = {branch_of[name] for name in selection.readers(column)}
         if None not in branches:
             active[:, column] = compute[:, [branch for branch in branches if branch is not None]].any(axis=1)
-    return active
+    return torch.from_numpy(active)
 
 
 def router_settings(given: Schedule, settings: EfficientDMSettings) -> HarmoniCaSettings:

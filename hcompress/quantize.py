@@ -105,7 +105,8 @@ def _distil(
     if not run.quantized.is_file():
         if made.schedule is not None:
             made.schedule.save(run.schedule)
-        save_quantized(made.adapter, setting.adapter, origin_of(setting, made.adapter, made.schedule), run.quantized)
+        origin = origin_of(setting, made.adapter, made.schedule)
+        save_quantized(made.adapter, setting.adapter, origin, run.quantized, active=made.active)
     return Quantized(
         setting, with_adapter(setting, made.adapter, str(run.path)), made.schedule, made.distilled if given else None
     )

@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_table, random_mask
+from safetensors import safe_open
 
 from hcompress.adapter import compute_all
+from hcompress.deploy import decide
+from hcompress.errors import ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import load_quantized
 from hcompress.lowbit.linear import QuantLinear
@@ -23,7 +27,7 @@ from hcompress.models.loading import load_model
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, draw, observe
 from hcompress.quant.efficientdm import Distillation, start_amax, student_of
-from hcompress.quant.selection import select
+from hcompress.quant.selection import layers_of, select
 from hcompress.quant.settings import EfficientDMSettings
 from hcompress.sampling import sample
 from hcompress.schedule import Schedule
@@ -277,18 +281,27 @@ def test_with_cache_leaves_a_schedule_that_fits_the_quantized_model(together, sc
     assert printed["rows"]["dense quantized"]["megabytes"] < printed["rows"]["dense float"]["megabytes"]
 
 
-@pytest.mark.parametrize("stage", ["distil", "relearn"])
-def test_a_run_killed_in_any_stage_goes_on_to_the_same_result(model, schedule, together, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "how"), [("distil", signal.SIGINT), ("relearn", signal.SIGKILL)])
+def test_a_run_killed_in_any_stage_goes_on_to_the_same_result(model, schedule, together, tmp_path, stage, how):
     whole, _ = together
     out = tmp_path / "run"
     command = arguments(model, out, "--with-cache", str(schedule), "--samples", "0")
-    process = subprocess.Popen([*COMMAND, *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, *command],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None and not (out / f"{stage}.pt").exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert (out / f"{stage}.pt").exists()
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and (out / f"{stage}.pt").exists()
+    assert not (out / "quantized.safetensors").exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in stderr.splitlines()[-1]
     done = hcompress(*command, "--resume")
     assert done.returncode == 0, done.stderr
     ours, theirs = Schedule.load(out / "schedule.safetensors"), Schedule.load(whole / "schedule.safetensors")
@@ -300,6 +313,24 @@ def test_a_run_killed_in_any_stage_goes_on_to_the_same_result(model, schedule, t
     assert all(torch.equal(left[name], right[name]) for name in left)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["trajectory"] for record in records if record["stage"] == "distil"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_schedule_never_reads_is_marked_and_another_schedule_is_not_exported(together, model):
+    out, _ = together
+    learned = Schedule.load(out / "schedule.safetensors")
+    with safe_open(out / "quantized.safetensors", "torch") as file:
+        active = file.get_tensor("active")
+    setting = open_setting(str(out), "ddim", CALLS, CFG)
+    assert active.shape == setting.adapter.log_scales.shape and not active.all()
+    branch = {layer.name: layer.branch for layer in layers_of(load_model(str(model)).adapter)}
+    for name, layer in setting.adapter.plan["layers"].items():
+        if layer["column"] is not None:
+            assert active[:, layer["column"]].tolist() == learned.compute[:, branch[name]].tolist()
+    decide(setting, learned)
+    other = learned.compute.copy()
+    other[1] = ~other[1]
+    with pytest.raises(ScheduleError, match="learned under schedule"):
+        decide(setting, replace(learned, compute=other, logits=None))
 
 
 def test_the_reverse_order_trains_a_schedule_on_the_quantized_run(together, tmp_path):

@@ -203,6 +203,7 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
     """Which layers would be quantized, and how large the result would be."""
     from hcompress.quant.selection import select_as
     from hcompress.quantize import open_float, walk_of
+    from hcompress.recipe import EfficientDMRecipe
 
     setting = open_float(recipe, device=device)
     selection = select_as(setting.adapter, recipe.quant)
@@ -217,6 +218,8 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
         "all_weights": setting.adapter.graph.total_params,
         "model_calls": _walks(recipe.quant.method) * setting.table.num_calls * -(-walk.samples // walk.batch),
     }
+    if isinstance(recipe, EfficientDMRecipe):
+        plan |= {"updates": recipe.quant.updates, "noises_an_update": recipe.quant.batch}
     if as_json:
         print(json.dumps(plan | {"formats": selection.plan()}))
         return
