@@ -51,6 +51,7 @@ DISTILLATION_STREAMS, SCORING_STREAMS = 1 << 35, 1 << 36  # sample numbers that 
 SCORING_PERIOD = 20  # trajectories
 EIGHT_BITS = 127  # the last value of int8
 EPS = 1e-12  # Adam's: gradients of a mean squared error of 1e-6 are far below the default of 1e-8
+LEAST_ERROR = 1e-6  # of a call, as a share of the largest: one that makes none may not become all that counts
 TINY = 1e-20  # least mean squared error by which anything is divided
 
 
@@ -74,9 +75,9 @@ def efficientdm(
 class Progress:
     """What one trajectory did.
 
-    loss is the mean of its calls. score_db is the signal-to-noise ratio of the quantized model's samples, under the
-    schedule where there is one, the float model's uncached ones being the signal, on held-out noise; None between
-    scorings.
+    loss is the mean of its calls; where they are weighted, the share of the error before training. score_db is the
+    signal-to-noise ratio of the quantized model's samples, under the schedule where there is one, the float model's
+    uncached ones being the signal, on held-out noise; None between scorings.
     """
 
     trajectory: int
@@ -138,19 +139,18 @@ class Distillation:
             if not np.isfinite(losses).all():
                 raise ModelError(
                     f"distillation diverged in trajectory {self.trajectory + 1}: the loss is not finite; "
-                    "lower quantization.lr_lora or lr_activation"
+                    "lower quant.lr_lora or lr_activation"
                 )
             rate, self.trajectory = self.rate(0), self.trajectory + 1
             scored = self.trajectory % SCORING_PERIOD == 0 or self.trajectory == self.trajectories
             yield Progress(self.trajectory, float(np.mean(losses)), rate, self.score() if scored else None)
 
     def weigh(self) -> None:
-        """Give each call the weight at which its error counts as much as any other's before training."""
+        """Weigh each call by one over its error as it is now."""
         batch = draw(self.teacher, self.walk, SCORING_STREAMS, self.settings.batch)
         with torch.no_grad():
             errors = np.array(list(self.steps(batch, lambda call, loss: None)))
-        weights = 1 / np.maximum(errors, TINY)
-        self.weights = (weights / weights.mean()).tolist()
+        self.weights = (1 / np.maximum(errors, LEAST_ERROR * errors.max() + TINY)).tolist()
 
     def steps(self, batch: Draw, update: Callable[[int, Tensor], None]) -> Iterator[float]:
         """The T calls of one trajectory, each followed by its `update`, yielding the loss before it."""
@@ -165,7 +165,7 @@ class Distillation:
             loss = functional.mse_loss(student, target)
             update(call, loss)
             outputs.append(target if self.walk.compute is None else student.detach())
-            yield loss.item()
+            yield self.weights[call] * loss.item()
 
     def update(self, call: int, loss: Tensor) -> None:
         """One optimiser step, at a rate that falls linearly to 0 over the run."""
