@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_table, random_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from hcompress.adapter import compute_all
+from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.deploy import decide
-from hcompress.errors import ScheduleError
+from hcompress.distil import first_logits, router_settings
+from hcompress.errors import RunError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import load_quantized
 from hcompress.lowbit.linear import QuantLinear
@@ -29,11 +33,14 @@ from hcompress.quant.calibration import Walk, draw, observe
 from hcompress.quant.efficientdm import Distillation, start_amax, student_of
 from hcompress.quant.selection import layers_of, select
 from hcompress.quant.settings import EfficientDMSettings
+from hcompress.quantize import quantize
+from hcompress.recipe import resolve_quant
 from hcompress.sampling import sample
-from hcompress.schedule import Schedule
+from hcompress.schedule import Identity, Schedule
 from hcompress.setting import open_setting
 
 CALLS, CFG = 4, 1.5
+TINY = {"format": "w4a8", "updates": 10 * CALLS, "batch": 2, "rank": 4, "lr_lora": 2e-2}
 COMMAND = [sys.executable, "-m", "hcompress.cli.main"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -49,8 +56,7 @@ def table():
 
 
 def distillation_of(teacher, table, compute=None, **settings) -> Distillation:
-    given = {"format": "w4a8", "updates": 10 * CALLS, "batch": 2, "rank": 4, "lr_lora": 2e-2} | settings
-    told = EfficientDMSettings(**given)
+    told = EfficientDMSettings(**TINY | settings)
     selection = select(teacher, told.resolved_format)
     walk = Walk(table, CFG, samples=2, batch=2, compute=compute)
     amax = start_amax(observe(teacher, selection, walk, num_values=256), selection)
@@ -231,6 +237,48 @@ def replace_updates(settings: EfficientDMSettings, updates: int) -> EfficientDMS
     return settings.model_copy(update={"updates": updates})
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**16 - 1), st.floats(1.0, 6.0), st.floats(0.3, 0.9))
+def test_logits_for_a_mask_say_the_same_and_may_still_change(bits, clamp, threshold):
+    mask = np.array([bits >> i & 1 for i in range(16)], bool).reshape(CALLS, 4)
+    mask[0] = True
+    caching = HarmoniCaSettings(target_cur=0.4, clamp=clamp, threshold=min(threshold, 1 / (1 + np.exp(-clamp / 4))))
+    identity = Identity("tiny", None, None, {}, None)
+    logits = first_logits(Schedule(mask, tuple("abcd"), identity), caching)
+    assert ((1 / (1 + np.exp(-logits)) > caching.threshold) == mask).all()
+    assert (np.abs(logits) < clamp).all()
+
+
+def test_a_relearned_schedule_is_steered_to_the_cur_of_the_one_it_comes_from():
+    mask = random_mask(CALLS, 4, seed=3)
+    identity = Identity("tiny", None, None, {}, None)
+    learned = {"name": "harmonica", "method": "harmonica", "beta": 7e-8, "lr": 0.05, "trajectories": 500, "seed": 1}
+    for method in (learned, {"name": "random"}):
+        old = Schedule(mask, tuple("abcd"), identity, method)
+        refined = router_settings(old, EfficientDMSettings())
+        anew = router_settings(old, EfficientDMSettings(relearn="scratch"))
+        assert refined.target_cur == anew.target_cur == old.cur and refined.beta is None
+        assert refined.trajectories < anew.trajectories and refined.lr == anew.lr == method.get("lr", 0.15)
+
+
+def test_a_finished_run_is_opened_not_run_again(tiny_run, tmp_path):
+    flags = {"model": str(tiny_run.parent / "model"), "solver.steps": CALLS, "quant.method": "efficientdm"}
+    flags |= {"quant.updates": 2 * CALLS, "quant.batch": 1, "quant.samples": 1, "quant.rank": 2}
+    recipe = resolve_quant(None, flags)
+    stages: list[str] = []
+    first = quantize(recipe, tmp_path / "run", on_progress=lambda stage, of, progress: stages.append(stage))
+    assert stages == ["distil", "distil"] and first.schedule is None
+    written = (tmp_path / "run" / "quantized.safetensors").read_bytes()
+    second = quantize(recipe, tmp_path / "run", resume=True, on_progress=lambda *told: stages.append(told[0]))
+    assert len(stages) == 2
+    assert (tmp_path / "run" / "quantized.safetensors").read_bytes() == written
+    assert second.quantized.identity == first.quantized.identity
+    opened = open_setting(str(tmp_path / "run"), "ddim", CALLS, CFG)
+    assert opened.identity == first.quantized.identity
+    with pytest.raises(RunError, match=r"quant.updates: 8 != 12"):
+        quantize(resolve_quant(None, flags | {"quant.updates": 3 * CALLS}), tmp_path / "run", resume=True)
+
+
 # the command
 
 
@@ -273,9 +321,9 @@ def test_with_cache_leaves_a_schedule_that_fits_the_quantized_model(together, sc
     assert isinstance(setting.adapter, QuantizedAdapter)
     learned = Schedule.load(out / "schedule.safetensors")
     learned.check_fits(setting.adapter.graph, setting.identity)
-    given = Schedule.load(schedule)
+    wanted = Schedule.load(schedule)
     assert learned.cur == printed["cur"]
-    assert abs(learned.cur - given.cur) <= 1 / given.compute.size  # steering ends within half an entry, if it can
+    assert abs(learned.cur - wanted.cur) <= 1 / wanted.compute.size  # steering ends within half an entry, if it can
     assert list(printed["rows"]) == [
         "dense float",
         "cached float",

@@ -191,3 +191,27 @@ def test_steering_by_macs_reaches_the_speedup(tiny_dit):
     training = training_of(tiny_dit, make_table(calls=6)[0], target_speedup=1.5, **STEERED)
     run(training)
     assert abs(1 / tiny_dit.graph.mac_ratio(training.router.hard(0.1)) - 1 / 1.5) <= ENTRIES
+
+
+def test_a_router_may_start_from_logits_and_keeps_its_first_row_pinned(adapter, table):
+    first = np.linspace(-3, 3, CALLS * BRANCHES, dtype=np.float32).reshape(CALLS, BRANCHES)
+    training = Training(adapter, table, 1.5, HarmoniCaSettings(beta=1e-3), 0, first=first)
+    logits = training.router.logits()
+    assert (logits[1:] == first[1:]).all() and (logits[0] == training.settings.clamp).all()
+    assert (training.router.previous == logits).all()  # else steering would take the start for a movement
+
+
+def test_another_model_may_be_the_teacher(adapter, table):
+    """The target is the other's output, while the student and lambda stay with the adapter."""
+    other = make_dit(out_channels=4, seed=5)
+    training = Training(adapter, table, 1.5, HarmoniCaSettings(beta=1e-3, batch=2), 0, teacher=other)
+    alone = training_of(adapter, table, seed=0)
+    condition, start, noises = training.draw(0)
+    with torch.no_grad():
+        want = other.guided(start, condition, training.teacher_constants[1], 1.5, compute_all)[:, : training.channels]
+        assert torch.equal(training.target(1, start, condition), want)
+        own = adapter.guided(start, condition, alone.constants[1], 1.5, compute_all)[:, : alone.channels]
+        assert torch.equal(alone.target(1, start, condition), own)
+    training.refresh(condition, start, noises)
+    alone.refresh(condition, start, noises)
+    assert (training.router.lambdas == alone.router.lambdas).all()
