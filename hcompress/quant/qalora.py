@@ -14,6 +14,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hcompress.lowbit.grid import Format
 from hcompress.lowbit.linear import QuantLinear, Scales, widen
@@ -67,8 +68,12 @@ class QALoRALinear(nn.Module):
         grid = self.format.activation_grid
         if grid is not None and self.column is not None:
             x = grid.fake(x, self.scales[self.column].to(x.dtype))
-        step = widen(self.log_scale.exp(), self.in_features)
-        return functional.linear(x, self.format.weight_grid.fake(self.merged(), step), self.bias)
+        weight = checkpoint(self.rounded, use_reentrant=False, preserve_rng_state=False)
+        return functional.linear(x, weight, self.bias)
+
+    def rounded(self) -> Tensor:
+        """Q_w(W0 + B A), [out, in]. Made again on the way back: its parts would be four times the model."""
+        return self.format.weight_grid.fake(self.merged(), widen(self.log_scale.exp(), self.in_features))
 
     @torch.no_grad()
     def fold(self) -> QuantLinear:
