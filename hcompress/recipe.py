@@ -122,11 +122,8 @@ def resolve_quant(
 
 
 def resolve_any(file: Path) -> Recipe | QuantRecipe:
-    """The recipe in `file`, of whichever kind its section says. Raises RecipeError where it has both."""
-    sections = read(file).keys() & {"caching", "quant"}
-    if len(sections) == 2:
-        raise RecipeError(f"{file} has a caching and a quant section; a run has one: put them into two recipes")
-    return resolve_quant(file) if "quant" in sections else resolve(file)
+    """The recipe in `file`, of whichever kind its section says."""
+    return resolve_quant(file) if "quant" in read(file) else resolve(file)
 
 
 def _layered(file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:
@@ -139,6 +136,10 @@ def _layered(file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[
 
 
 def _checked(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
+    """Raises RecipeError for what does not fit `kind`, a section of another kind first."""
+    own, other = ("quant", "caching") if kind is QuantRecipe else ("caching", "quant")
+    if other in settings:
+        raise RecipeError(f"a run is of one kind, and this one has a {own} section: put {other} into another recipe")
     try:
         return kind.model_validate(settings, strict=True)
     except ValidationError as error:
