@@ -137,7 +137,7 @@ def _layered(file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[
 
 def _checked(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
     """Raises RecipeError for what does not fit `kind`, a section of another kind first."""
-    own, other = ("quant", "caching") if kind is QuantRecipe else ("caching", "quant")
+    own, other = ("quant", "caching") if issubclass(kind, QuantRecipe) else ("caching", "quant")
     if other in settings:
         raise RecipeError(f"a run is of one kind, and this one has a {own} section: put {other} into another recipe")
     try:
