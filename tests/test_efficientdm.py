@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from safetensors import safe_open
 
 from hcompress.adapter import compute_all
 from hcompress.caching.settings import HarmoniCaSettings
+from hcompress.cli.main import main
 from hcompress.deploy import decide
 from hcompress.distil import first_logits, router_settings
 from hcompress.errors import RunError, ScheduleError
@@ -256,7 +258,7 @@ def test_a_relearned_schedule_is_steered_to_the_cur_of_the_one_it_comes_from():
     for method in (learned, {"name": "random"}):
         old = Schedule(mask, tuple("abcd"), identity, method)
         refined = router_settings(old, EfficientDMSettings())
-        anew = router_settings(old, EfficientDMSettings(relearn="scratch"))
+        anew = router_settings(old, EfficientDMSettings(relearn="scratch", with_cache="a schedule"))
         assert refined.target_cur == anew.target_cur == old.cur and refined.beta is None
         assert refined.trajectories < anew.trajectories and refined.lr == anew.lr == method.get("lr", 0.15)
 
@@ -300,11 +302,24 @@ def schedule(model: Path, tmp_path_factory) -> Path:
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
     settings = {"updates": 6 * CALLS, "refresh": 2 * CALLS, "batch": 2, "samples": 2, "rank": 4, "lr_lora": 0.02}
     sets = [part for key, value in settings.items() for part in ("--set", f"quant.{key}={value}")]
-    return ["quantize", str(model), "--steps", str(CALLS), "--format", "w4a8", "--out", str(out), *sets, *more]
+    return ["quantize", str(model), "--format", "w4a8", "--out", str(out), *sets, *more]
 
 
 def hcompress(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a verb in this process: (exit code, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["hcompress", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -386,16 +401,17 @@ def test_what_a_schedule_never_reads_is_marked_and_another_schedule_is_not_expor
         decide(setting, replace(learned, compute=other, logits=None))
 
 
-def test_the_reverse_order_trains_a_schedule_on_the_quantized_run(together, tmp_path):
+def test_the_reverse_order_trains_a_schedule_on_the_quantized_run(together, here, tmp_path):
     out, _ = together
     sets = ["--set", "caching.trajectories=3", "--set", "caching.batch=1"]
-    done = hcompress("train", str(out), "--target-cur", "0.3", "--out", str(tmp_path / "run"), *sets)
-    assert done.returncode == 0, done.stderr
+    code, stderr = here("train", str(out), "--target-cur", "0.3", "--out", str(tmp_path / "run"), *sets)
+    assert code == 0, stderr
     setting = open_setting(str(out), "ddim", CALLS, CFG)
     Schedule.load(tmp_path / "run" / "schedule.safetensors").check_fits(setting.adapter.graph, setting.identity)
 
 
 REFUSED = {
+    "no schedule to relearn": (["--method", "efficientdm", "--relearn"], "--with-cache"),
     "another method": (["--method", "int8-max"], "train"),
     "format": (["--method", "efficientdm", "--format", "fp8"], "w8a8"),
     "another model's": ([], "learned on"),
@@ -403,9 +419,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_line_that_says_the_fix(model, schedule, together, tmp_path, case):
+def test_bad_input_is_one_line_that_says_the_fix(model, schedule, together, here, tmp_path, case):
     extra, expected = REFUSED[case]
     file = together[0] / "schedule.safetensors" if case == "another model's" else schedule
-    done = hcompress(*arguments(model, tmp_path / "run"), "--with-cache", str(file), *extra)
-    assert done.returncode == 1
-    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    cached = [] if case == "no schedule to relearn" else ["--with-cache", str(file)]
+    code, stderr = here(*arguments(model, tmp_path / "run"), *cached, *extra)
+    assert code == 1
+    assert expected in stderr and len(stderr.strip().splitlines()) == 1, stderr

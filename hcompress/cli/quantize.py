@@ -60,11 +60,12 @@ def quantize(
 
     from hcompress.errors import RecipeError
     from hcompress.recipe import EfficientDMRecipe, find, resolve_quant
+    from hcompress.schedule import Schedule
 
     console = Console(stderr=True)
     if resample_steps:
         return _resample(model, solver, steps, cfg, out, as_json)
-    flags = {
+    flags: dict[str, Any] = {
         "model": model,
         "solver.name": solver,
         "solver.steps": steps,
@@ -81,6 +82,9 @@ def quantize(
         flags |= {"quant.method": method or "efficientdm", "quant.with_cache": str(with_cache)}
         if flags["quant.method"] != "efficientdm":
             raise RecipeError(f"--with-cache distils; for {method}, quantize first and then: hcompress train {out}")
+        theirs = Schedule.load(with_cache).identity
+        own = {} if recipe else {"solver.steps": theirs.solver["steps"], "cfg": theirs.cfg}
+        flags |= {key: value for key, value in own.items() if flags[key] is None}
     if relearn or keep_schedule:
         flags["quant.relearn"] = "keep" if keep_schedule else "scratch"
     resolved = resolve_quant(find(recipe) if recipe else None, flags, sets or [])

@@ -96,7 +96,9 @@ class EfficientDMSettings(QuantSettings):
     )
 
     @model_validator(mode="after")
-    def _integer_inputs(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.with_cache is None and (self.relearn, self.teacher) != ("refine", "quantized"):
+            raise RecipeError("quant.relearn and quant.teacher are about a schedule; pass one: --with-cache SCHEDULE")
         if self.resolved_format not in LEARNED:
             raise RecipeError(f"quant.format = {self.format!r} is none of efficientdm's: {', '.join(LEARNED)}")
         return self
