@@ -72,6 +72,10 @@ class Adapter(ABC, nn.Module):
     def even_conditions(self, count: int) -> Given:
         """Conditions to evaluate `count` samples with: each class, or each prompt of the model's own, equally often."""
 
+    def scheduler_config(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The scheduler's configuration as the family's pipeline runs it, from the one stored with the model."""
+        return dict(stored)
+
     @final
     def condition(self, given: Given) -> Condition:
         """What a user gives as tensors on the adapter's device. Raises InputError for what this model cannot take."""

@@ -19,6 +19,7 @@ import inspect
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -71,7 +72,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     """The solver `name` of SOLVERS on the noise schedule, prediction type and spacing of a model's scheduler config.
 
     config: the model's own, as from `scheduler.config` or scheduler_config.json. Keys that the solver has no use for
-    are left out; all others are kept as they are, also those that were only defaults of the model's own class.
+    are left out; all others are kept as they are, also those that were only defaults of the model's own class. One key
+    is ours, as it is no setting of diffusers but an argument of some pipelines: with `even_sigmas` the sigmas of T
+    steps are 1, 1 - 1 / T, ..., 1 / T before the shift.
 
     Clipping is kept where the config has it, so `probe` refuses DDIM for a model whose own DDIM clips. Where the config
     has no `clip_sample`, because its class does not know it, DDIM and DDPM get False: their default of True would be
@@ -96,8 +99,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
         raise SolverError(f"{name!r} cannot follow this model's schedule: {class_name} has no rescale_betas_zero_snr")
     wanted = {"clip_sample": False, **config, **settings}
+    scheduler_class = _with_even_sigmas(classes[name]) if config.get("even_sigmas") else classes[name]
     with _one_line(f"{class_name} does not take this model's config"):
-        return classes[name].from_config({key: value for key, value in wanted.items() if key in accepted})
+        return scheduler_class.from_config({key: value for key, value in wanted.items() if key in accepted})
 
 
 def probe(scheduler: Scheduler, steps: int) -> SolverTable:
@@ -186,6 +190,16 @@ def solver_identity(scheduler: Scheduler, steps: int) -> dict[str, str | int]:
 def _kind(keys: Collection[str]) -> str | None:
     """What a model was trained as, or a solver is made for, by the names of its settings; None if they do not tell."""
     return next((kind for key, kind in _KINDS.items() if key in keys), None)
+
+
+@cache
+def _with_even_sigmas(scheduler_class: Any) -> Any:
+    """`scheduler_class` under a name of its own, which is told its sigmas as `FluxPipeline` tells it."""
+
+    def set_timesteps(self: Scheduler, steps: int) -> None:
+        scheduler_class.set_timesteps(self, sigmas=np.linspace(1, 1 / steps, steps))
+
+    return type(f"{scheduler_class.__name__}EvenSigmas", (scheduler_class,), {"set_timesteps": set_timesteps})
 
 
 def _accepted(scheduler_class: Any) -> Collection[str]:

@@ -2,7 +2,8 @@
 
 The model: DiT, 2 blocks of width 32, 16 tokens, 2x8x8 samples, 5 classes. Its weights are random and nothing is
 zero-initialised, so every branch moves the samples; the last layer is small, so samples stay of the order of 1.
-A PixArt of much the same size stands for text: 5 tokens of width 10, 3 prompts of its own.
+A PixArt of much the same size stands for text: 5 tokens of width 10, 3 prompts of its own. A Stable Diffusion 3 and a
+FLUX stand for joint attention: the same text, and a pooled vector of width 6.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ def make_pixart(
     num_layers: int = 2, *, channels: int = 2, out_channels: int = 4, own: bool = True, seed: int = 0, **config: object
 ) -> Adapter:
     """The tiny text-conditional model; `own`: with prompts of its own. It guesses a variance unless told otherwise."""
-    import torch
     from diffusers import PixArtTransformer2DModel
 
     from hcompress.models.pixart import PixArt
@@ -66,11 +66,51 @@ def make_pixart(
     shape = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 10}
     shape |= {"in_channels": channels, "out_channels": out_channels, "num_layers": num_layers, "sample_size": 8}
     network = PixArtTransformer2DModel(**shape | config)
+    _draw(network, seed, wide=0.3)
+    return PixArt(network, make_prompts(3) if own else None, tokens=5)
+
+
+def make_sd3(num_layers: int = 2, *, channels: int = 2, own: bool = True, seed: int = 0, **config: object) -> Adapter:
+    """The tiny model of joint attention, for flow matching; `own`: with prompts of its own."""
+    from diffusers import SD3Transformer2DModel
+
+    from hcompress.models.sd3 import SD3
+
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "caption_projection_dim": 24,
+        "joint_attention_dim": 10,
+    }
+    shape |= {"pooled_projection_dim": 6, "in_channels": channels, "out_channels": channels, "num_layers": num_layers}
+    shape |= {"sample_size": 8, "pos_embed_max_size": 6}
+    network = SD3Transformer2DModel(**shape | config)
+    _draw(network, seed)
+    return SD3(network, make_pooled_prompts(3) if own else None, tokens=5)
+
+
+def make_flux(num_layers: int = 1, *, own: bool = True, null: bool = True, seed: int = 0, **config: object) -> Adapter:
+    """The tiny model of double- and single-stream blocks; `null`: with a null prompt among those of its `own`."""
+    from diffusers import FluxTransformer2DModel
+
+    from hcompress.models.flux import Flux
+
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "axes_dims_rope": (4, 4, 4), "joint_attention_dim": 10}
+    shape |= {"pooled_projection_dim": 6, "in_channels": 8, "num_layers": num_layers, "num_single_layers": 2}
+    network = FluxTransformer2DModel(**shape | config)
+    _draw(network, seed)
+    prompts = {name: array for name, array in make_pooled_prompts(3).items() if null or "null" not in name}
+    return Flux(network, prompts if own else None, tokens=5, side=8)
+
+
+def _draw(network: object, seed: int, wide: float = 0.2) -> None:
+    """Weights that let every branch move the output; the last layer is small."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
-        std = 0.02 if name.startswith("proj_out") else 0.3
+        std = 0.02 if name.startswith("proj_out") else wide
         torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return PixArt(network, make_prompts(3) if own else None, tokens=5)
 
 
 def make_prompts(count: int, *, tokens: int = 5, width: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
@@ -84,11 +124,20 @@ def make_prompts(count: int, *, tokens: int = 5, width: int = 10, seed: int = 0)
     }
 
 
+def make_pooled_prompts(count: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """The same for a model of joint attention: no masks, and a pooled vector of width 6."""
+    random = np.random.default_rng(seed)
+    prompts = {name: array for name, array in make_prompts(count, seed=seed).items() if "mask" not in name}
+    pooled = {"pooled_prompt_embeds": (count, 6), "pooled_null_embeds": (1, 6)}
+    return prompts | {name: random.standard_normal(shape, np.float32) for name, shape in pooled.items()}
+
+
 def make_table(solver: str = "ddim", calls: int = CALLS) -> tuple[SolverTable, dict[str, str | int]]:
     """A solver at `calls` steps, and its identity."""
     from hcompress.solver import make_scheduler, probe, solver_identity
 
-    scheduler = make_scheduler(solver, {"beta_schedule": "linear", "clip_sample": False})
+    config = {"shift": 3.0} if solver.startswith("flow") else {"beta_schedule": "linear", "clip_sample": False}
+    scheduler = make_scheduler(solver, config)
     return probe(scheduler, calls), solver_identity(scheduler, calls)
 
 

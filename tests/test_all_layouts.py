@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import CALLS, export, make_dit, make_pixart, make_prompts, random_mask
+from conftest import CALLS, export, make_dit, make_pixart, make_pooled_prompts, make_prompts, make_sd3, random_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +59,16 @@ def test_a_text_model_fits_every_layout(tmp_path: Path, layout: str, dtype: str)
     assert asks == (
         [everything] * 5 if layout == "switch" else [everything, everything, set[str](), set[str](), set[str]()]
     )
+
+
+def test_a_branch_that_only_another_branch_reads_is_switched_on_its_own(tmp_path: Path) -> None:
+    """In joint attention: the text's MLP in the last block but one, which nothing but the last attention needs."""
+    adapter = make_sd3()
+    mask = random_mask(CALLS, len(adapter.graph))
+    mask[1:3] = [[True, True, False, True, True], [True, True, True, False, True]]
+    path = export(tmp_path / "bundle", adapter, mask, solver="flow-euler", layout="switch").path
+    with Runtime(path, threads=1) as runtime:
+        assert parity(adapter, runtime, make_pooled_prompts(3, seed=1), mask, seed=1).max() <= CLOSE
 
 
 def test_all_layouts_store_the_same_weights_once(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_pixart
-from diffusers import DiTTransformer2DModel
+from conftest import make_flux, make_pixart, make_sd3
+from diffusers import DiTTransformer2DModel, FluxPipeline
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hcompress.adapter import Adapter, compute_all, config_hash, weight_hash
 from hcompress.errors import InputError, ModelError
 from hcompress.models.dit import DiT
+from hcompress.models.flux import Flux
+from hcompress.models.sd3 import SD3
 
 
 def dit(**changes: object) -> DiTTransformer2DModel:
@@ -48,6 +50,20 @@ MODELS |= {
     "pixart without attention bias": lambda: make_pixart(attention_bias=False, norm_elementwise_affine=True),
 }
 BRANCHES |= dict.fromkeys(MODELS.keys() - BRANCHES.keys(), ("attn", "cross", "mlp"))
+JOINT, LAST, SINGLE = ("attn", "mlp", "context_mlp"), ("attn", "mlp"), ("single",)
+MODELS |= {
+    "sd3": make_sd3,
+    "sd3.5 medium": lambda: make_sd3(3, qk_norm="rms_norm", dual_attention_layers=(0, 2), patch_size=4),
+    "flux dev": lambda: make_flux(guidance_embeds=True),
+    "flux schnell": lambda: make_flux(2),
+}
+OF_BLOCKS = {name: [BRANCHES[name]] * len(MODELS[name]().network.transformer_blocks) for name in BRANCHES} | {
+    "sd3": [JOINT, LAST],
+    "sd3.5 medium": [("attn", "attn2", "mlp", "context_mlp"), JOINT, ("attn", "attn2", "mlp")],
+    "flux dev": [JOINT, SINGLE, SINGLE],
+    "flux schnell": [JOINT, JOINT, SINGLE, SINGLE],
+}
+MODULATIONS = (".norm1.linear", ".norm1_context.linear", ".norm.linear", ".scale_shift_table")
 DITS = [name for name in MODELS if name.startswith("dit")]
 
 
@@ -72,6 +88,21 @@ def dense(adapter: Adapter, x: Tensor, timesteps: Tensor, condition: dict[str, T
     """The diffusers model's own output."""
     if isinstance(adapter, DiT):
         return adapter.network(x, timestep=timesteps, class_labels=condition["labels"]).sample
+    if isinstance(adapter, SD3):
+        return adapter.network(x, condition["prompt_embeds"], condition["pooled_prompt_embeds"], timesteps).sample
+    if isinstance(adapter, Flux):
+        packed = FluxPipeline._pack_latents(x, *x.shape)
+        ids = FluxPipeline._prepare_latent_image_ids(len(x), x.shape[2] // 2, x.shape[3] // 2, "cpu", torch.float32)
+        tokens = adapter.network(
+            packed,
+            condition["prompt_embeds"],
+            condition["pooled_prompt_embeds"],
+            timesteps.to(x.dtype) / 1000,
+            ids,
+            torch.zeros(condition["prompt_embeds"].shape[1], 3),
+            condition.get("guidance"),
+        ).sample
+        return FluxPipeline._unpack_latents(tokens, 8 * x.shape[2], 8 * x.shape[3], vae_scale_factor=8)
     size = torch.full((len(x), 2), 8.0 * x.shape[-1])  # pixels, eight for each of the latent's
     return adapter.network(
         x,
@@ -185,24 +216,31 @@ def test_params_are_all_of_the_network_with_equal_embedders_once(adapter: Adapte
 def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adapter: Adapter) -> None:
     """A gradient reaches no parameter of a reused branch, nor the rows of adaLN that give its shift and scale.
 
-    Those rows are of a layer in each block, or of a table.
+    Those rows are of a layer in each block, or of a table. What only another branch needs counts as needed, so that a
+    stream of text, which ends in the last attention, is judged branch by branch.
     """
     x, timesteps, condition = inputs(adapter, 2)
     constants = adapter.step_constants(timesteps)
     parameters = dict(adapter.network.requires_grad_(True).named_parameters())
 
     def needed(reused: int | None) -> int:
-        def route(branch: int, compute):
-            return torch.ones(2, *adapter.graph.branches[branch].shape) if branch == reused else compute()
+        outputs = []
 
-        loss = adapter(x, condition, constants, route).square().sum()
+        def route(branch: int, compute):
+            outputs.append(torch.ones(2, *adapter.graph.branches[branch].shape) if branch == reused else compute())
+            return outputs[-1]
+
+        outputs.append(adapter(x, condition, constants, route))
+        loss = torch.stack([output.square().sum() for output in outputs]).sum()
         gradients = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
         found = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-        modulation = (".norm1.linear", ".scale_shift_table")
-        parts = [
-            part for name, grad in found.items() for part in grad.chunk(6 if any(m in name for m in modulation) else 1)
-        ]
-        return sum(part.numel() for part in parts if part.any())
+        count = 0
+        for name, gradient in found.items():
+            modulates = any(layer in name for layer in MODULATIONS)
+            size = 1 if "table" in name else adapter.network.inner_dim
+            parts = gradient.split(size) if modulates else [gradient]
+            count += sum(part.numel() for part in parts if part.any() or not modulates)
+        return count
 
     dense = needed(None)
     assert [dense - needed(branch) for branch in range(len(adapter.graph))] == [
@@ -213,8 +251,7 @@ def test_params_of_a_branch_are_those_that_stop_mattering_when_it_is_reused(adap
 @pytest.mark.parametrize("name", MODELS)
 def test_names_are_unique_and_follow_the_blocks(name: str) -> None:
     adapter = MODELS[name]()
-    blocks = len(adapter.network.transformer_blocks)
-    assert adapter.graph.names == tuple(f"{block}.{kind}" for block in range(blocks) for kind in BRANCHES[name])
+    assert adapter.graph.names == tuple(f"{block}.{kind}" for block, of in enumerate(OF_BLOCKS[name]) for kind in of)
 
 
 def test_guidance_mixes_the_guided_channels_with_the_null_condition(adapter: Adapter) -> None:

@@ -83,9 +83,9 @@ def test_without_the_hub_it_says_so_and_how_to_go_on() -> None:
 
 def test_a_family_without_an_adapter_lists_those_that_have_one(folder: Path) -> None:
     config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    config.write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
     line = refused(folder)
-    assert "is a FluxTransformer2DModel, which has no adapter yet" in line
+    assert "is a WanTransformer3DModel, which has no adapter yet" in line
     assert all(family in line for family in MODELS)
 
 

@@ -5,24 +5,40 @@ from __future__ import annotations
 import math
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
+from hcompress.adapter import Adapter
 from hcompress.caching.rules import interval, parse_rule, random_mask
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.models.loading import load_model
 from hcompress.models.pixart import PixArt
-from hcompress.models.random import CONFIGS, PIXART, PIXART_CONFIGS, PREFIX, random_dit, random_pixart
+from hcompress.models.random import (
+    CONFIGS,
+    FLOW,
+    MEDIUM,
+    PIXART,
+    PIXART_CONFIGS,
+    PREFIX,
+    SD3_CONFIGS,
+    random_dit,
+    random_pixart,
+    random_scheduler,
+    random_sd3,
+)
+from hcompress.models.sd3 import SD3
 from hcompress.schedule import Schedule
 from hcompress.solver import make_scheduler, probe, solver_identity
 from hcompress_export.bundle import export_bundle
 
 SMALL = CONFIGS["DiT-S-2-256"] | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 SMALL_TEXT = PIXART | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48}
+SMALL_JOINT = MEDIUM | {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "sample_size": 32}
 SOLVER = {"class": "DDIMScheduler", "steps": 20, "config_hash": "any"}
 
 
@@ -60,10 +76,17 @@ def test_pixart_is_as_published(name: str) -> None:
     )  # q and out, k and v, both products
 
 
-def test_a_random_text_model_brings_prompts_and_is_the_same_each_time() -> None:
-    first, again = (random_pixart(SMALL_TEXT, tokens=7) for _ in range(2))
+TEXT: dict[str, Callable[[], Adapter]] = {
+    "pixart": lambda: random_pixart(SMALL_TEXT, tokens=7),
+    "sd3": lambda: random_sd3(SMALL_JOINT, tokens=7),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_random_text_model_brings_prompts_and_is_the_same_each_time(name: str) -> None:
+    first, again = TEXT[name](), TEXT[name]()
     assert first.identity("a", SOLVER, 4.5) == again.identity("a", SOLVER, 4.5)
-    assert first.sample_shape == (4, 64, 64) and first.conditions["prompt_embeds"].shape == (7, 4096)
+    assert first.conditions["prompt_embeds"].shape == (7, 4096)
     given = [adapter.condition(adapter.even_conditions(4)) for adapter in (first, again)]
     assert all(torch.equal(given[0][name], given[1][name]) for name in first.conditions)
     constants = first.step_constants(torch.tensor([500.0]))
@@ -73,8 +96,19 @@ def test_a_random_text_model_brings_prompts_and_is_the_same_each_time() -> None:
     for without in range(len(first.graph)):
         pruned = first.guided(x, given[0], constants, 4.5, lambda branch, go, cut=without: go() * (branch != cut))
         assert (dense - pruned).std() > 1e-2
-    for name, buffer in PixArtTransformer2DModel(**SMALL_TEXT).named_buffers():
+    for name, buffer in type(first.network)(**first.network.config).named_buffers():
         assert torch.equal(buffer, first.network.get_buffer(name))
+
+
+@pytest.mark.parametrize("name", SD3_CONFIGS)
+def test_stable_diffusion_3_is_as_published(name: str) -> None:
+    """Esser et al. 2024: depth 24, 2 B parameters. The last of 24 blocks has no MLP for text."""
+    with torch.device("meta"):
+        graph = SD3(SD3Transformer2DModel(**SD3_CONFIGS[name])).graph
+    assert (len(graph), round(graph.total_params / 1e8)) == (3 * 24 - 1, 20)
+    image, text = (int(name.split("-")[-1]) // 16) ** 2, 77 + 256
+    assert graph.branches[0].shape == (image + text, 1536)
+    assert make_scheduler("flow-euler", random_scheduler(PREFIX + name)).config.shift == FLOW["shift"]
 
 
 def test_a_random_model_is_the_same_each_time_and_like_no_other() -> None:
@@ -121,7 +155,7 @@ def test_every_branch_moves_the_output_and_nothing_blows_up() -> None:
 def test_an_unknown_random_model_lists_those_there_are(name: str) -> None:
     with pytest.raises(ModelError, match=f"no random model '{name}'; there are: ") as caught:
         load_model(name)
-    assert all(PREFIX + known in str(caught.value) for known in (*CONFIGS, *PIXART_CONFIGS))
+    assert all(PREFIX + known in str(caught.value) for known in (*CONFIGS, *PIXART_CONFIGS, *SD3_CONFIGS))
 
 
 def test_rules_on_the_command_line() -> None:

@@ -69,19 +69,45 @@ def count_by_latent(model: ir.Model) -> None:
 def keep_slots_flat(model: ir.Model) -> None:
     """Keep what a branch computed as its last linear layer leaves it, [rows tokens, width].
 
-    Before: `cache.<branch>` is a Reshape of what a Gemm gave. After: it is what the Gemm gave, and the Reshape is part
-    of its use. A Reshape costs nothing unless its result leaves the graph: then ONNX Runtime copies it.
+    Before: `cache.<branch>` is [rows, tokens, width]: a Reshape of what a Gemm gave or, in joint attention, a Concat of
+    two of these. After: it is what the Gemm gave, or the Concat laid flat, and a Reshape is part of its use. A Reshape
+    costs nothing unless its result leaves the graph: then ONNX Runtime copies it.
     """
     outputs = model.graph.outputs
     for index, value in enumerate([*outputs]):
-        node = value.producer()
-        if value.name and value.name.startswith("cache.") and node and node.op_type == "Reshape":
-            flat, name = node.inputs[0], value.name
-            if flat is None or value.shape is None:
-                raise AssertionError(f"{name} is reshaped from nothing, or has no shape")
-            value.name, flat.name = f"{name}.shaped", name
-            flat.shape, flat.type = ir.Shape(["rows tokens", value.shape[-1]]), value.type
-            outputs[index] = flat
+        node, name = value.producer(), str(value.name)
+        if not name.startswith("cache.") or node is None or node.op_type not in ("Reshape", "Concat"):
+            continue
+        _, tokens, width = value.shape or (None, None, None)
+        if not isinstance(tokens, int) or not isinstance(width, int):
+            raise AssertionError(f"{name} has no shape")
+        value.name = f"{name}.shaped"
+        if node.op_type == "Concat":
+            node = _lay_flat(model.graph, node, tokens, width)
+        flat = node.inputs[0]
+        if flat is None:
+            raise AssertionError(f"{name} is reshaped from nothing")
+        flat.name, flat.type = name, value.type
+        flat.shape = ir.Shape([f"rows x {tokens}", width])  # dimensions of one name have to be equal
+        outputs[index] = flat
+
+
+def _lay_flat(graph: ir.Graph, node: ir.Node, tokens: int, width: int) -> ir.Node:
+    """Reshape what `node` gives to [rows tokens, width], and back for all its uses; returns the second Reshape."""
+    value = node.outputs[0]
+    flat = ir.Node("", "Reshape", [value, _sizes(graph, f"{value.name}.flat", [-1, width])])
+    back = ir.Node("", "Reshape", [flat.outputs[0], _sizes(graph, f"{value.name}.back", [-1, tokens, width])])
+    back.outputs[0].name = f"{value.name}.again"
+    ir.convenience.replace_all_uses_with(value, back.outputs[0], replace_graph_outputs=True)
+    flat.replace_input_with(0, value)
+    graph.insert_after(node, [flat, back])
+    return back
+
+
+def _sizes(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:
+    """An initializer that says a shape."""
+    graph.initializers[name] = ir.Value(name=name, const_value=ir.tensor(sizes, ir.DataType.INT64, name=name))
+    return graph.initializers[name]
 
 
 def name_weights_by_content(model: ir.Model) -> None:

@@ -29,12 +29,12 @@ def switch_graph(traced: ir.Model, branches: Sequence[str], switched: Collection
     mask = ir.Value(name=COMPUTE, shape=ir.Shape([len(branches)]), type=ir.TensorType(ir.DataType.BOOL))
     outputs = {str(value.name): value for value in graph.outputs}
     graph.outputs.clear()  # a value that is still an output cannot have its uses replaced
-    results = [outputs["model_output"]]
+    graph.outputs.append(outputs["model_output"])
     graph.inputs.append(mask)
     for index, name in enumerate(branches):
         if name in switched:
-            results.append(_switch(graph, outputs[f"cache.{name}"], mask, index, name))
-    graph.outputs.extend(results)
+            # At once an output, so that no later branch takes it in: in joint attention one may be all that reads it.
+            graph.outputs.append(_switch(graph, outputs[f"cache.{name}"], mask, index, name))
     remove_unused(model)
     return model
 

@@ -1,14 +1,17 @@
 """What samples are conditioned on: class labels, or prompts whose embeddings somebody has computed.
 
 A model describes each of its inputs of this kind by an `Input`. There is one for a class-conditional model, `labels`. A
-text-conditional model has four, and a prompts file (safetensors) holds tensors of these names, N prompts of L tokens:
+text-conditional one has several, and a prompts file (safetensors) holds tensors of their names, N prompts of L tokens:
 
-    prompt_embeds  float32[N, L, D]       hidden states of the text encoder, padded to the model's L
-    prompt_mask    bool[N, L]             true where a token is text, false where it is padding
-    null_embeds    float32[1 or N, L, D]  the same of what guidance leads away from: the empty prompt, or a negative one
-    null_mask      bool[1 or N, L]
+    prompt_embeds         float32[N, L, D]       hidden states of the text encoder, padded to the model's L
+    prompt_mask           bool[N, L]             true where a token is text, false where it is padding (PixArt)
+    pooled_prompt_embeds  float32[N, P]          one vector for the whole prompt (Stable Diffusion 3, FLUX)
+    null_embeds           float32[1 or N, L, D]  the same of what guidance leads away from: the empty prompt, or a
+    null_mask             bool[1 or N, L]        negative one
+    pooled_null_embeds    float32[1 or N, P]
+    guidance              float32[1 or N]        the scale that a guidance-distilled model is told (FLUX.1-dev)
 
-The last two may be left out, together; the model's own null prompt is taken then.
+Those of the null prompt may be left out, together; the model's own null prompt is taken then. `guidance` may be too.
 """
 
 from __future__ import annotations
@@ -59,6 +62,11 @@ class Input:
             raise ValueError(f"a default of shape {self.default.shape} for a condition of shape {self.shape}")
 
 
+def null_name(name: str) -> str:
+    """What an input is called for the null prompt, given its name for a prompt."""
+    return name.replace("prompt", "null")
+
+
 def complete(inputs: Mapping[str, Input], given: Given) -> Rows:
     """Every input of `inputs`, [N, *shape] of its dtype, for the N >= 1 samples that `given` describes.
 
@@ -68,8 +76,8 @@ def complete(inputs: Mapping[str, Input], given: Given) -> Rows:
     if not isinstance(given, Mapping):
         given = {"labels": given}
     wanted = {name for name, one in inputs.items() if one.default is None}
-    optional = inputs.keys() - wanted
-    if not wanted <= given.keys() <= inputs.keys() or (given.keys() & optional) not in (set(), optional):
+    null = {*_null(inputs)}
+    if not wanted <= given.keys() <= inputs.keys() or (given.keys() & null) not in (set(), null):
         raise InputError(
             f"this model is conditioned on {_names(inputs)}, got {', '.join(given)}; "
             + ("pass --labels" if "labels" in inputs else "pass --prompts, a file of those tensors; see FORMAT.md")
@@ -124,9 +132,9 @@ def _checked(name: str, one: Input, given: Any) -> NDArray[Any]:
         return _labels(given, one.classes)
     array = np.asarray(given)
     if array.ndim != 1 + len(one.shape) or array.shape[1:] != one.shape:
-        sizes = ", ".join(map(str, one.shape))
-        hint = "; pad or cut prompts to that many tokens" if array.ndim == 1 + len(one.shape) else ""
-        raise InputError(f"{name} has shape {list(array.shape)}, but this model takes [N, {sizes}]{hint}")
+        sizes = ", ".join(map(str, ("N", *one.shape)))
+        hint = "; pad or cut prompts to that many tokens" if array.ndim == 1 + len(one.shape) == 3 else ""
+        raise InputError(f"{name} has shape {list(array.shape)}, but this model takes [{sizes}]{hint}")
     if not len(array):
         raise InputError(f"{name} is empty; it should have a row for each sample")
     if array.dtype.kind not in "biuf":
@@ -147,7 +155,14 @@ def _labels(given: Any, classes: int) -> NDArray[np.int64]:
     return np.array(given, np.int64)
 
 
+def _null(inputs: Mapping[str, Input]) -> list[str]:
+    """The names that a null prompt has, which are given together or not at all."""
+    return [null_name(name) for name in inputs if null_name(name) != name and null_name(name) in inputs]
+
+
 def _names(inputs: Mapping[str, Input]) -> str:
-    optional = [name for name, one in inputs.items() if one.default is not None]
-    wanted = ", ".join(name for name in inputs if name not in optional)
-    return f"{wanted} (and {' with '.join(optional)})" if optional else wanted
+    null = _null(inputs)
+    wanted = ", ".join(name for name, one in inputs.items() if one.default is None)
+    alone = [name for name, one in inputs.items() if one.default is not None and name not in null]
+    optional = [*alone, *([" with ".join(null)] if null else [])]
+    return f"{wanted} (and {', '.join(optional)})" if optional else wanted

@@ -23,9 +23,23 @@ def _pixart(folder: str, **source: Any) -> Adapter:
     return load_pixart(Path(folder), **source)
 
 
+def _sd3(folder: str, **source: Any) -> Adapter:
+    from hcompress.models.sd3 import load_sd3
+
+    return load_sd3(Path(folder), **source)
+
+
+def _flux(folder: str, **source: Any) -> Adapter:
+    from hcompress.models.flux import load_flux
+
+    return load_flux(Path(folder), **source)
+
+
 MODELS: dict[str, Callable[..., Adapter]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
 }
 
 LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

@@ -15,7 +15,7 @@ from hcompress.adapter import Adapter
 from hcompress.errors import ModelError
 from hcompress.lowbit.artefact import FILE, load_quantized, read_origin
 from hcompress.models import LEGACY, MODELS
-from hcompress.models.random import PREFIX, SCHEDULER, make_random
+from hcompress.models.random import PREFIX, make_random, random_scheduler
 
 ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -26,7 +26,7 @@ class Model:
 
     name:             as the user wrote it
     adapter:          the denoiser, float32 or with layers in few bits, frozen
-    scheduler_config: the configuration of the scheduler that the model came with
+    scheduler_config: the configuration of the scheduler that the model came with, as its pipeline runs it
     folder:           where its files lie (VAE and text encoder, where it has them); a random model has none
     """
 
@@ -48,7 +48,7 @@ def load_model(name: str) -> Model:
     if (Path(name) / FILE).is_file():
         return _load_quantized(name)
     if name.startswith(PREFIX):
-        return Model(name, make_random(name), dict(SCHEDULER), Path(os.devnull))
+        return Model(name, make_random(name), random_scheduler(name), Path(os.devnull))
     folder = _find(name)
     config = _read_json(folder / "transformer" / "config.json")
     family = config.get("_class_name")
@@ -61,7 +61,8 @@ def load_model(name: str) -> Model:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"the weights of {name} cannot be read ({reason}); download or copy them again") from error
-    return Model(name, adapter, _read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    return Model(name, adapter, adapter.scheduler_config(scheduler), folder)
 
 
 def _load_quantized(name: str) -> Model:

@@ -22,3 +22,8 @@ def unpatchify(h: Tensor, patch: int, channels: int) -> Tensor:
     side = int(h.shape[1] ** 0.5)
     h = h.reshape(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return h.reshape(-1, channels, side * patch, side * patch)
+
+
+def modulation(layer: nn.Linear, conditioning: Tensor) -> list[Tensor]:
+    """The shifts, scales and gates that an adaLN layer gives, [R, 1, D] each, for silu(conditioning) [R, D]."""
+    return list(layer(conditioning)[:, None].chunk(layer.out_features // layer.in_features, dim=2))

@@ -9,10 +9,8 @@ adaLN-single modulates by time alone: one vector for all blocks, to which each a
 a step constant. Resolution and aspect ratio, which the 1024-pixel models are told too, are fixed by the latent's size
 and enter with it.
 
-There is no text encoder here. Prompts come as embeddings, see hcompress_runtime.conditions; a file of them in the
-model's folder, `prompts.safetensors`, is what training draws from and where the null prompt is found. Diffusers'
-pipeline orders the guided batch [uncond ; cond], `Adapter.guided` the other way round: rows are independent, so the
-outputs are the same.
+Diffusers' pipeline orders the guided batch [uncond ; cond], `Adapter.guided` the other way round: rows are independent,
+so the outputs are the same.
 """
 
 from __future__ import annotations
@@ -25,21 +23,17 @@ from typing import Any, final
 import numpy as np
 import torch
 from diffusers import PixArtTransformer2DModel
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route
 from hcompress.branches import Branch, BranchGraph
-from hcompress.errors import InputError, ModelError
+from hcompress.errors import ModelError
 from hcompress.models.parts import linear_macs, num_params, unpatchify
-from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prompts
+from hcompress.models.prompts import PromptInputs, Prompts, tokens_of, with_prompts, zeros
+from hcompress_runtime.conditions import Given, Input
 
-PROMPTS = "prompts.safetensors"
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # `max_sequence_length` of diffusers' pipelines
 PIXELS = 8  # on a side, that the VAE makes of each of the latent
-
-Prompts = Mapping[str, NDArray[Any]]
-"""The tensors of a prompts file."""
 
 
 @final
@@ -64,8 +58,9 @@ class PixArt(Adapter):
         self.network = network.eval().requires_grad_(False)
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.guided_channels = config.in_channels
-        self.conditions, self.prompts = _conditions(network, prompts, tokens)
-        self.graph = _branch_graph(network, self.conditions["prompt_mask"].shape[0])
+        self.prompts = _prompt_inputs(network, prompts, tokens_of(prompts, tokens))
+        self.conditions = self.prompts.conditions
+        self.graph = _branch_graph(network, tokens_of(prompts, tokens))
 
     def config(self) -> dict[str, Any]:
         """The configuration that diffusers stores with the network."""
@@ -115,60 +110,31 @@ class PixArt(Adapter):
 
     def null_condition(self, condition: Condition) -> Condition:
         """The null prompts, which `condition` holds beside the prompts."""
-        return {"prompt_embeds": condition["null_embeds"], "prompt_mask": condition["null_mask"]}
+        return self.prompts.null(condition)
 
     def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
         """Prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
-        own = self._own()
-        drawn = rng.integers(len(own["prompt_embeds"]), size=count)
-        return self.condition({name: array[drawn] for name, array in own.items()})
+        return self.condition(self.prompts.random(rng, count))
 
     def even_conditions(self, count: int) -> Given:
         """The model's own prompts, round robin. Raises ModelError where it has none."""
-        own = self._own()
-        turns = np.arange(count) % len(own["prompt_embeds"])
-        return {name: array[turns] for name, array in own.items()}
-
-    def _own(self) -> Rows:
-        if self.prompts is None:
-            raise ModelError(
-                f"this model has no prompts to draw from: put {PROMPTS} into its folder, a file with prompt_embeds, "
-                "prompt_mask, null_embeds and null_mask (export/FORMAT.md), made with its text encoder"
-            )
-        return self.prompts
+        return self.prompts.even(count)
 
 
 def load_pixart(folder: Path, **source: Any) -> PixArt:
     """The adapter of the network in `folder`, a pipeline's transformer, with the prompts that lie beside it."""
     network = PixArtTransformer2DModel.from_pretrained(str(folder), **source)
-    index, prompts = folder.parent / "model_index.json", folder.parent / PROMPTS
+    index = folder.parent / "model_index.json"
     pipeline = str(json.loads(index.read_text())["_class_name"]) if index.is_file() else "PixArtAlphaPipeline"
-    try:
-        return PixArt(network, load_prompts(prompts) if prompts.exists() else None, tokens=TOKENS.get(pipeline, 120))
-    except InputError as error:
-        raise ModelError(f"{prompts} does not fit the model: {error}") from error
+    return with_prompts(folder, lambda prompts: PixArt(network, prompts, tokens=TOKENS.get(pipeline, 120)))
 
 
-def _conditions(
-    network: PixArtTransformer2DModel, prompts: Prompts | None, tokens: int
-) -> tuple[dict[str, Input], Rows | None]:
-    """What the model is told, and its own prompts, complete. Raises InputError for those that do not fit."""
+def _prompt_inputs(network: PixArtTransformer2DModel, prompts: Prompts | None, tokens: int) -> PromptInputs:
     config = network.config
     width = config.cross_attention_dim if network.caption_projection is None else config.caption_channels
-    if prompts is not None and np.ndim(prompts.get("prompt_embeds", 0)) == 3:
-        tokens = prompts["prompt_embeds"].shape[1]
-    inputs = {
-        "prompt_embeds": Input("float32", (tokens, width)),
-        "prompt_mask": Input("bool", (tokens,)),
-        "null_embeds": Input("float32", (tokens, width), default=np.zeros((tokens, width), np.float32)),
-        "null_mask": Input("bool", (tokens,), default=np.arange(tokens) == 0),  # an empty prompt is one end token
-    }
-    if prompts is None:
-        return inputs, None
-    rows = complete(inputs, prompts)
-    for name in ("null_embeds", "null_mask"):
-        inputs[name] = Input(inputs[name].dtype, inputs[name].shape, default=np.array(rows[name][0]))
-    return inputs, rows
+    prompt = {"prompt_embeds": Input("float32", (tokens, width)), "prompt_mask": Input("bool", (tokens,))}
+    one_token = {"null_mask": np.arange(tokens) == 0}  # an empty prompt is its end
+    return PromptInputs(prompt, prompts, null={**zeros(prompt), **one_token})
 
 
 def _bias(mask: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:

@@ -56,6 +56,20 @@ PIXART_CONFIGS: dict[str, dict[str, Any]] = {  # Chen et al. 2023 and 2024; Sigm
     "PixArt-XL-2-1024": PIXART | {"sample_size": 128, "use_additional_conditions": True},
     "PixArt-Sigma-XL-2-1024": PIXART | {"sample_size": 128},
 }
+MEDIUM = {  # stabilityai/stable-diffusion-3-medium, transformer/config.json
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "in_channels": 16,
+    "out_channels": 16,
+    "sample_size": 128,
+    "patch_size": 2,
+    "pos_embed_max_size": 192,
+}
+SD3_CONFIGS: dict[str, dict[str, Any]] = {"SD3-Medium-512": MEDIUM | {"sample_size": 64}, "SD3-Medium-1024": MEDIUM}
 PROMPTS = 8  # of a text model
 SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json; PixArt's noise is the same
     "_class_name": "DDIMScheduler",
@@ -68,11 +82,16 @@ SCHEDULER: dict[str, Any] = {  # facebook/DiT-XL-2-256, scheduler/scheduler_conf
     "set_alpha_to_one": True,
     "steps_offset": 0,
 }
+FLOW: dict[str, Any] = {  # stabilityai/stable-diffusion-3-medium, scheduler/scheduler_config.json
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
 
 
 def random_names() -> list[str]:
     """The architectures there are, as MODEL on the command line."""
-    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS)]
+    return [PREFIX + name for name in (*CONFIGS, *PIXART_CONFIGS, *SD3_CONFIGS)]
 
 
 def make_random(name: str) -> Adapter:
@@ -82,7 +101,14 @@ def make_random(name: str) -> Adapter:
         return random_dit(CONFIGS[plain])
     if plain in PIXART_CONFIGS:
         return random_pixart(PIXART_CONFIGS[plain], tokens=300 if "Sigma" in plain else 120)
+    if plain in SD3_CONFIGS:
+        return random_sd3(SD3_CONFIGS[plain])
     raise ModelError(f"no random model {name!r}; there are: {', '.join(random_names())}")
+
+
+def random_scheduler(name: str) -> dict[str, Any]:
+    """The scheduler's configuration of `random:NAME`."""
+    return dict(FLOW if name.removeprefix(PREFIX) in SD3_CONFIGS else SCHEDULER)
 
 
 def random_dit(config: dict[str, Any], seed: int = 0) -> Adapter:
@@ -121,6 +147,22 @@ def random_pixart(config: dict[str, Any], seed: int = 0, *, tokens: int = 120) -
         "null_mask": np.arange(tokens)[None] < 1,
     }
     return PixArt(network, prompts)
+
+
+def random_sd3(config: dict[str, Any], seed: int = 0, *, tokens: int = 333) -> Adapter:
+    """A Stable Diffusion 3 of `config`, drawn like a DiT, with PROMPTS random prompts and a null prompt."""
+    from diffusers import SD3Transformer2DModel
+
+    from hcompress.models.sd3 import SD3
+
+    network = _without_weights(SD3Transformer2DModel, config)
+    rng = np.random.Generator(np.random.SFC64(seed))
+    _draw(network, rng)
+    embeds, pooled = (tokens, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
+    shapes = {"prompt_embeds": (PROMPTS, *embeds), "pooled_prompt_embeds": (PROMPTS, *pooled)}
+    shapes |= {"null_embeds": (1, *embeds), "pooled_null_embeds": (1, *pooled)}
+    prompts = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    return SD3(network, prompts)
 
 
 def _without_weights(family: Any, config: dict[str, Any]) -> Any:

@@ -1,0 +1,117 @@
+"""What all text-conditional families do with prompts, whatever each is told of one.
+
+There is no text encoder here: prompts come as its outputs, see hcompress_runtime.conditions. A file of them in the
+model's folder, `prompts.safetensors`, is what training draws from, where the null prompt is found, and how many tokens
+a prompt has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcompress.adapter import Condition
+from hcompress.errors import InputError, ModelError
+from hcompress_runtime.conditions import Input, Rows, complete, load_prompts, null_name
+
+FILE = "prompts.safetensors"
+
+Prompts = Mapping[str, NDArray[Any]]
+"""The tensors of a prompts file."""
+
+Adapted = TypeVar("Adapted")
+
+
+@final
+class PromptInputs:
+    """What a model is told of a prompt, and the prompts of its own.
+
+    prompt:  its inputs, by name; a null prompt has the same under their `null_name`
+    prompts: the model's own; None where it has none
+    null:    the null prompt unless `prompts` hold one; None where there is none then
+    other:   inputs that are no part of a prompt, with defaults
+
+    `conditions` are all of these. Raises InputError for prompts that do not fit.
+    """
+
+    def __init__(
+        self,
+        prompt: Mapping[str, Input],
+        prompts: Prompts | None,
+        *,
+        null: Prompts | None = None,
+        other: Mapping[str, Input] | None = None,
+    ) -> None:
+        self.prompt = prompt
+        if null is None and prompts is not None and {null_name(name) for name in prompt} <= prompts.keys():
+            null = zeros(prompt)
+        nulls = {null_name(name): one for name, one in prompt.items() if null is not None}
+        defaults: Prompts = null or {}
+        self.conditions = {**prompt, **_with_defaults(nulls, defaults), **(other or {})}
+        self.own: Rows | None = None if prompts is None else complete(self.conditions, prompts)
+        if self.own is not None:
+            self.conditions |= _with_defaults(nulls, {name: np.array(self.own[name][0]) for name in nulls})
+
+    def null(self, condition: Condition) -> Condition:
+        """The null prompts, which `condition` holds beside the prompts, and all that is no part of either.
+
+        Raises ModelError where the model has no null prompt.
+        """
+        nulls = {null_name(name): name for name in self.prompt}
+        if not nulls.keys() <= self.conditions.keys():
+            raise ModelError(
+                "guidance leads away from a null prompt, and this model has none: pass --cfg 1 for no guidance, or put "
+                f"{' and '.join(nulls)} into the {FILE} in its folder"
+            )
+        other = condition.keys() - nulls.keys() - self.prompt.keys()
+        return {name: condition[null] for null, name in nulls.items()} | {name: condition[name] for name in other}
+
+    def random(self, rng: np.random.Generator, count: int) -> Rows:
+        """`count` prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
+        return self._rows(lambda own: rng.integers(own, size=count))
+
+    def even(self, count: int) -> Rows:
+        """The model's own prompts, round robin. Raises ModelError where it has none."""
+        return self._rows(lambda own: np.arange(count) % own)
+
+    def _rows(self, choose: Callable[[int], NDArray[np.int64]]) -> Rows:
+        if self.own is None:
+            raise ModelError(
+                f"this model has no prompts to draw from: put {FILE} into its folder, a file with "
+                f"{', '.join(name for name in self.conditions if name != 'guidance')} (export/FORMAT.md), "
+                "made with its text encoder"
+            )
+        chosen = choose(len(self.own[next(iter(self.prompt))]))
+        return {name: array[chosen] for name, array in self.own.items()}
+
+
+def zeros(prompt: Mapping[str, Input]) -> Prompts:
+    """A null prompt of zeros."""
+    return {null_name(name): np.zeros(one.shape, one.dtype) for name, one in prompt.items()}
+
+
+def tokens_of(prompts: Prompts | None, otherwise: int) -> int:
+    """How many tokens a prompt has: as many as those of the model's own, or `otherwise`."""
+    embeds = np.empty(0) if prompts is None else np.asarray(prompts.get("prompt_embeds", 0))
+    return int(embeds.shape[1]) if embeds.ndim == 3 else otherwise
+
+
+def with_prompts(folder: Path, adapt: Callable[[Prompts | None], Adapted]) -> Adapted:
+    """`adapt` of the prompts that lie beside `folder`, a pipeline's transformer.
+
+    Raises ModelError where they do not fit the model.
+    """
+    prompts = folder.parent / FILE
+    try:
+        return adapt(load_prompts(prompts) if prompts.exists() else None)
+    except InputError as error:
+        raise ModelError(f"{prompts} does not fit the model: {error}") from error
+
+
+def _with_defaults(inputs: Mapping[str, Input], defaults: Prompts) -> dict[str, Input]:
+    return {name: replace(one, default=defaults[name]) for name, one in inputs.items()}
