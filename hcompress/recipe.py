@@ -41,13 +41,13 @@ class Run(BaseModel):
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
-    seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
 
 class QuantRecipe(Run):
     """One quantization; which of the two below, `quant.method` says."""
 
     quant: PtqSettings | EfficientDMSettings
+    seed: int = Field(0, ge=0, description="of the noises and the labels")
 
 
 class PtqRecipe(QuantRecipe):
@@ -66,6 +66,7 @@ class Recipe(Run):
     """One training run."""
 
     caching: HarmoniCaSettings
+    seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

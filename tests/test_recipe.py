@@ -7,7 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcompress.errors import RecipeError
-from hcompress.recipe import GOALS, Recipe, _keys, dump, find, first_difference, resolve, schema, shipped
+from hcompress.recipe import (
+    GOALS,
+    QuantRecipe,
+    Recipe,
+    _keys,
+    dump,
+    find,
+    first_difference,
+    resolve,
+    resolve_any,
+    schema,
+    shipped,
+)
 
 MODEL = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
 SECTIONS = {key.rpartition(".")[0] for key in _keys(Recipe)} - {""}
@@ -161,10 +173,11 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
 @pytest.mark.parametrize("name", shipped())
 def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
     file = find(name)
-    recipe = resolve(file)
+    recipe = resolve_any(file)
     solver = f"{recipe.solver.name}{recipe.solver.steps}"
     model = recipe.model.removeprefix("zoo:").rpartition("/")[2].lower()
-    assert name.startswith(f"{model}_{solver}_{recipe.caching.method}")
+    method = recipe.quant.method if isinstance(recipe, QuantRecipe) else recipe.caching.method
+    assert name.startswith(f"{model}_{solver}_{method}")
     head = file.read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"--recipe {name}" in head
@@ -179,4 +192,9 @@ def test_the_first_difference_is_named():
 
 def test_the_schema_describes_every_setting():
     described = json.loads(schema())
-    assert set(described["properties"]) == set(Recipe.model_fields)
+    kinds = [set(described["$defs"][kind["$ref"].rpartition("/")[2]]["properties"]) for kind in described["anyOf"]]
+    assert {frozenset(kind - {"model", "solver", "cfg", "seed"}) for kind in kinds} == {
+        frozenset({"caching"}),
+        frozenset({"quant"}),
+    }
+    assert set(Recipe.model_fields) in kinds and set(QuantRecipe.model_fields) in kinds

@@ -232,9 +232,7 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
         print(f"{format.weight}/{format.activation or 'float':8} {name}")
 
 
-def _analyze(
-    recipe: QuantRecipe, out: Path, device: str, resume: bool, console: Console, as_json: bool
-) -> None:  # fmt: skip
+def _analyze(recipe: QuantRecipe, out: Path, device: str, resume: bool, console: Console, as_json: bool) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
@@ -274,9 +272,7 @@ def _analyze(
     print(picture)
 
 
-def _resample(
-    model: str, solver: str | None, steps: int | None, cfg: float | None, out: Path, as_json: bool
-) -> None:  # fmt: skip
+def _resample(model: str, solver: str | None, steps: int | None, cfg: float | None, out: Path, as_json: bool) -> None:
     from hcompress.quantize import resample
     from hcompress.rundir import own_flags
 

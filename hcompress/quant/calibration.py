@@ -228,11 +228,6 @@ def nearest_run(values: Tensor, ran: Tensor) -> Tensor:
     return values.gather(0, nearest)
 
 
-def percentile(values: Tensor, share: float) -> Tensor:
-    """[T], the absolute value that `share` of values [T, n] stay within."""
-    return values.abs().quantile(share, dim=1)
-
-
 def least_error(values: Tensor, amax: Tensor, grid: Grid) -> Tensor:
     """amax [T] with the least mean |x - Q(x)|^2.4 over values [T, n], of 80 that shrink by hundredths.
 

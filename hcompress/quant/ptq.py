@@ -147,7 +147,8 @@ def convert(
         try:
             import modelopt.torch.quantization as mtq
         except ModuleNotFoundError as error:
-            raise missing("nvidia-modelopt", "train") from error
+            ours = (error.name or "").startswith("modelopt")
+            raise missing("nvidia-modelopt" if ours else str(error.name), "train") from error
         from hcompress.quant.by_call import ByCall, Now
 
         now = Now()
