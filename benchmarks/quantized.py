@@ -21,7 +21,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +103,6 @@ class Rows:
 
 def run_seed(work: Path, routers: Path, samples: int, seed: int) -> None:
     """All rows of one seed."""
-    from hcompress.lowbit.adapter import QuantizedAdapter
     from hcompress.schedule import Schedule
 
     rows = Rows(work, samples, seed)
@@ -131,11 +129,9 @@ def run_seed(work: Path, routers: Path, samples: int, seed: int) -> None:
             )
 
         def under_given(made: Callable[[], Quantized] = together) -> tuple[Setting, np.ndarray]:
-            result = made()
-            a = result.quantized.adapter
-            assert isinstance(a, QuantizedAdapter) and result.distilled is not None
-            before = QuantizedAdapter(a.original, result.distilled, a.timesteps, a.scales, a.plan)
-            return replace(result.quantized, model=replace(result.quantized.model, adapter=before)), given.compute
+            first = made().first
+            assert first is not None
+            return first, given.compute
 
         def under_own(made: Callable[[], Quantized] = together) -> tuple[Setting, np.ndarray]:
             result = made()

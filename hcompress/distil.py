@@ -2,11 +2,11 @@
 
     distil     QALoRA and step sizes; with a schedule, the student runs under it        RUN/distil.pt
     relearn    that schedule anew on the quantized model, to the same CUR               RUN/relearn.pt
-    refresh    the inputs' step sizes alone, under the schedule that was learned        RUN/refresh.pt
+    refresh    the first stage goes on, shortly, under the schedule that was learned    RUN/refresh.pt
 
 A quantized network bears less reuse, and not at the same places: what is reused carries the rounding of two calls. And
 what is reused shifts the inputs of what is computed after it, so step sizes belong to a schedule
-(`hcompress.schedule.Schedule.fingerprint`), while a schedule belongs to the weights alone and outlives the refresh.
+(`hcompress.schedule.Schedule.fingerprint`).
 
 Legend: T calls, N branches, K inputs that are rounded.
 """
@@ -44,16 +44,16 @@ Report = Callable[[str, int, Any], None]
 class Distilled:
     """What `distil` makes.
 
-    adapter:   in few bits, its step sizes those of `schedule`, or uncached
-    schedule:  fits `adapter`; None where none was given
-    active:    bool[T, K], the step sizes that a run under `schedule` reads
-    distilled: float32[T, K], log step sizes as the first stage left them, under the schedule that was given
+    adapter:  in few bits, made for `schedule`, or for running uncached
+    schedule: fits `adapter`; None where none was given
+    active:   bool[T, K], the step sizes that a run under `schedule` reads
+    first:    as the first stage left it, made for the schedule that was given; `adapter` itself where that is kept
     """
 
     adapter: QuantizedAdapter
     schedule: Schedule | None
     active: Tensor | None
-    distilled: Tensor
+    first: QuantizedAdapter
 
 
 def distil(
@@ -74,31 +74,35 @@ def distil(
     walk = Walk(setting.table, setting.cfg, settings.samples, settings.batch, seed)
     if given is not None:
         walk = replace(walk, compute=given.compute)
-    student = student_of(teacher, selection, amax_under(setting, selection, walk), walk, settings)
-    student.plan["solver"] = setting.identity.solver
-    stage = Distillation(teacher, student, walk, settings)
-    _finish(resumed(run, "distil", stage, stage.run()), "distil", stage.trajectories, report)
-    adapter = stage.finish()
-    distilled = adapter.log_scales.detach().clone()
-    if given is None:
-        return Distilled(adapter, None, None, distilled)
+    amax = amax_under(setting, selection, walk)
 
-    identity = adapter.identity(str(run.path), setting.identity.solver, setting.cfg)
+    def start() -> QuantizedAdapter:
+        student = student_of(teacher, selection, amax, walk, settings)
+        student.plan["solver"] = setting.identity.solver
+        return student
+
+    stage = Distillation(teacher, start(), walk, settings)
+    _finish(resumed(run, "distil", stage, stage.run()), "distil", stage.trajectories, report)
+    first = stage.finish()
+    if given is None:
+        return Distilled(first, None, None, first)
     if settings.relearn == "keep":
-        method = given.method | {"relearn": "keep"}
-        kept = replace(given, identity=identity, method=method)
-        return Distilled(adapter, kept, active_inputs(selection, given.compute), distilled)
+        identity = first.identity(str(run.path), setting.identity.solver, setting.cfg)
+        kept = replace(given, identity=identity, method=given.method | {"relearn": "keep"})
+        return Distilled(first, kept, active_inputs(selection, given.compute), first)
+
     caching = router_settings(given, settings)
-    first = first_logits(given, caching) if settings.relearn == "refine" else None
+    logits = first_logits(given, caching) if settings.relearn == "refine" else None
     target = teacher if settings.teacher == "fp" else None
-    training = Training(adapter, setting.table, setting.cfg, caching, seed, teacher=target, first=first)
+    training = Training(first, setting.table, setting.cfg, caching, seed, teacher=target, first=logits)
     _finish(resumed(run, "relearn", training.router, training.run()), "relearn", caching.trajectories, report)
     compute = training.router.hard(caching.threshold)
 
-    refresh = settings.model_copy(update={"updates": settings.refresh})
-    stage = Distillation(teacher, adapter, replace(walk, compute=compute), refresh)
-    _finish(resumed(run, "refresh", stage, stage.run()), "refresh", stage.trajectories, report)
-    adapter = stage.finish()
+    shorter = settings.model_copy(update={"updates": settings.refresh, "lr_lora": settings.lr_lora / 2})
+    refresh = Distillation(teacher, start(), replace(walk, compute=compute), shorter)
+    refresh.adopt(stage)
+    _finish(resumed(run, "refresh", refresh, refresh.run()), "refresh", refresh.trajectories, report)
+    adapter = refresh.finish()
     method = caching.model_dump(exclude_none=True) | {
         "name": caching.method,
         "relearn": settings.relearn,
@@ -107,8 +111,9 @@ def distil(
         "seed": seed,
         "mac_ratio": adapter.graph.mac_ratio(compute),
     }
+    identity = adapter.identity(str(run.path), setting.identity.solver, setting.cfg)
     schedule = Schedule(compute, adapter.graph.names, identity, method, training.router.logits())
-    return Distilled(adapter, schedule, active_inputs(selection, compute), distilled)
+    return Distilled(adapter, schedule, active_inputs(selection, compute), first)
 
 
 def amax_under(setting: Setting, selection: Selection, walk: Walk) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hcompress.adapter import Adapter
 from hcompress.distil import Report, distil
@@ -29,14 +28,14 @@ from hcompress.solver import make_scheduler, probe, solver_identity
 class Quantized:
     """A model before and after, under one solver and guidance.
 
-    schedule:  that the result was made for, and fits it
-    distilled: where one was learned for it, float32[T, K], log step sizes under the float model's schedule
+    schedule: that the result was made for, and fits it
+    first:    where there is one, the model as it was when it ran under the float model's schedule
     """
 
     dense: Setting
     quantized: Setting
     schedule: Schedule | None = None
-    distilled: Tensor | None = None
+    first: Setting | None = None
 
 
 def walk_of(setting: Setting, settings: Quant, seed: int, schedule: Schedule | None = None) -> Walk:
@@ -107,9 +106,8 @@ def _distil(
             made.schedule.save(run.schedule)
         origin = origin_of(setting, made.adapter, made.schedule)
         save_quantized(made.adapter, setting.adapter, origin, run.quantized, active=made.active)
-    return Quantized(
-        setting, with_adapter(setting, made.adapter, str(run.path)), made.schedule, made.distilled if given else None
-    )
+    result, first = (with_adapter(setting, adapter, str(run.path)) for adapter in (made.adapter, made.first))
+    return Quantized(setting, result, made.schedule, first if made.schedule else None)
 
 
 def origin_of(setting: Setting, adapter: QuantizedAdapter, schedule: Schedule | None = None) -> Origin:

@@ -7,7 +7,6 @@ Distribution figures are the model's own offline metrics (hcompress.metrics), ea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.metrics.fashion import MIN_SAMPLES, fashion_metrics
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
@@ -139,16 +137,12 @@ def with_cache(
 ) -> dict[str, Any]:
     """Rounding and reuse, alone and together, each against the float model's uncached samples: WITH_CACHE's rows.
 
-    given: the float model's schedule. The quantized model runs under it, and uncached, at the step sizes that were
-    distilled under it, and under its own schedule at those that were refreshed.
+    given: the float model's schedule. Under it, and uncached, the quantized model is the one that was distilled under
+    it; under its own schedule it is the one that was refreshed.
     """
-    assert made.schedule is not None and made.distilled is not None
-    adapter = made.quantized.adapter
-    assert isinstance(adapter, QuantizedAdapter)
-    before = QuantizedAdapter(adapter.original, made.distilled, adapter.timesteps, adapter.scales, adapter.plan)
-    distilled = replace(made.quantized, model=replace(made.quantized.model, adapter=before))
+    assert made.schedule is not None and made.first is not None
     everything = np.ones_like(given.compute)
-    settings = (made.dense, made.dense, distilled, distilled, made.quantized)
+    settings = (made.dense, made.dense, made.first, made.first, made.quantized)
     masks = (everything, given.compute, everything, given.compute, made.schedule.compute)
     reference, rows = None, {}
     for name, setting, mask in zip(WITH_CACHE, settings, masks, strict=True):
