@@ -25,7 +25,7 @@ class Resumable(Protocol):
 
 
 def resumed(run: RunDir, stage: str, memory: Resumable, progress: Iterator[Any]) -> Iterator[Any]:
-    """What a lazy `progress` yields (dataclasses that count a `trajectory` from 1), from where RUN/STAGE.pt left off.
+    """What a lazy `progress` yields (dataclasses that count a `round` from 1), from where RUN/STAGE.pt left off.
 
     Each is logged with its stage and followed by a checkpoint, before it is handed on; so of a command that runs one
     stage after the other, all that are finished yield nothing, and the one that was killed goes on.
@@ -36,7 +36,7 @@ def resumed(run: RunDir, stage: str, memory: Resumable, progress: Iterator[Any])
     earlier, first = sum(record.get("stage") != stage for record in run.records()), True
     for done in progress:
         if first:
-            run.rewind(earlier + done.trajectory - 1)  # what a kill left between the log and the checkpoint
+            run.rewind(earlier + done.round - 1)  # what a kill left between the log and the checkpoint
             first = False
         run.log({"stage": stage} | asdict(done))
         write_checkpoint(checkpoint, memory.state())

@@ -33,6 +33,7 @@ from hcompress.quant.settings import EfficientDMSettings
 from hcompress.rundir import RunDir
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting
+from hcompress.train import problem_of
 
 REFINE_TRAJECTORIES = 120  # of a schedule that starts from the float model's
 Report = Callable[[str, int, Any], None]
@@ -94,9 +95,10 @@ def distil(
     caching = router_settings(given, settings)
     logits = first_logits(given, caching) if settings.relearn == "refine" else None
     target = teacher if settings.teacher == "fp" else None
-    training = Training(first, setting.table, setting.cfg, caching, seed, teacher=target, first=logits)
-    _finish(resumed(run, "relearn", training.router, training.run()), "relearn", caching.trajectories, report)
-    compute = training.router.hard(caching.threshold)
+    running = replace(setting, model=replace(setting.model, adapter=first))
+    training = Training(replace(problem_of(running, seed), teacher=target, first=logits), caching)
+    _finish(resumed(run, "relearn", training, training.run()), "relearn", caching.trajectories, report)
+    compute = training.router.hard()
 
     shorter = settings.model_copy(update={"updates": settings.refresh, "lr_lora": settings.lr_lora / 2})
     refresh = Distillation(teacher, start(), replace(walk, compute=compute), shorter)
@@ -143,8 +145,8 @@ def router_settings(given: Schedule, settings: EfficientDMSettings) -> HarmoniCa
     A schedule that no router made, such as a rule's, takes the defaults with the proxy of the shipped recipes.
     """
     goals = {"beta", "target_cur", "target_speedup"}
-    known = {key: value for key, value in given.method.items() if key in HarmoniCaSettings.model_fields}
-    known = {key: value for key, value in known.items() if key not in goals} or {"proxy": "sensitivity"}
+    known = given.method if given.method.get("method") == "harmonica" else {"proxy": "sensitivity"}
+    known = {key: value for key, value in known.items() if key in HarmoniCaSettings.model_fields.keys() - goals}
     if settings.relearn == "refine":
         known |= {"trajectories": REFINE_TRAJECTORIES, "ramp": 1 / REFINE_TRAJECTORIES}
     return HarmoniCaSettings.model_validate(known | {"target_cur": given.cur})

@@ -16,12 +16,15 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from hcompress.caching.settings import HarmoniCaSettings
+from hcompress.caching.settings import CachingSettings, HarmoniCaSettings
 from hcompress.errors import RecipeError
-from hcompress.quant.settings import EfficientDMSettings, PtqSettings
+from hcompress.quant.settings import Quant
+from hcompress.recipe_errors import one_line, section_of
 
+TARGETS = ("caching.target_cur", "caching.target_speedup")
+GOALS = ("caching.beta", "caching.alpha", "caching.every", "caching.keys", *TARGETS)  # one; a later layer's replaces it
+DEFAULT_METHODS = {"caching": "harmonica", "quant": "int8-max"}  # of the section that makes a run what it is
 Kind = TypeVar("Kind", bound="Run")
-GOALS = ("caching.beta", "caching.target_cur", "caching.target_speedup")  # exactly one; a later layer's replaces it
 
 
 class SolverSettings(BaseModel):
@@ -44,28 +47,16 @@ class Run(BaseModel):
 
 
 class QuantRecipe(Run):
-    """One quantization; which of the two below, `quant.method` says."""
+    """One quantization."""
 
-    quant: PtqSettings | EfficientDMSettings
+    quant: Quant
     seed: int = Field(0, ge=0, description="of the noises and the labels")
-
-
-class PtqRecipe(QuantRecipe):
-    """One quantization after training."""
-
-    quant: PtqSettings
-
-
-class EfficientDMRecipe(QuantRecipe):
-    """One quantization that is distilled."""
-
-    quant: EfficientDMSettings
 
 
 class Recipe(Run):
     """One training run."""
 
-    caching: HarmoniCaSettings
+    caching: CachingSettings
     seed: int = Field(0, ge=0, description="of the router, the noises and the labels")
 
     @model_validator(mode="after")
@@ -73,13 +64,14 @@ class Recipe(Run):
         steps, caching = self.solver.steps, self.caching
         if steps < 2:
             raise RecipeError(f"solver.steps = {steps}: one step has nothing to reuse; use 2 or more")
-        ceiling = (steps - 1) / steps
-        if caching.target_cur is not None and caching.target_cur > ceiling:
+        reusing, reason = caching.reusing_steps(steps)
+        wanted = getattr(caching, "target_cur", None)
+        if wanted is not None and wanted > reusing / steps:
             raise RecipeError(
-                f"caching.target_cur = {caching.target_cur} is out of reach: the first of {steps} steps always "
-                f"computes everything, so the ceiling is {steps - 1}/{steps} = {ceiling:.3f}"
+                f"caching.target_cur = {wanted} is out of reach: {reason}, "
+                f"so the ceiling is {reusing}/{steps} = {reusing / steps:.3f}"
             )
-        if "refresh" in caching.model_fields_set and caching.refresh % steps:
+        if isinstance(caching, HarmoniCaSettings) and "refresh" in caching.model_fields_set and caching.refresh % steps:
             nearest = _whole_trajectories(caching.refresh, steps)
             raise RecipeError(f"caching.refresh = {caching.refresh} is no multiple of {steps} steps; use {nearest}")
         return self
@@ -106,20 +98,19 @@ def find(name: str | Path) -> Path:
 
 def resolve(file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
     """The recipe in `file` under `flags` ({"solver.steps": 10}; None = not given) under `sets` ("solver.steps=10")."""
-    recipe = _checked(Recipe, {"caching": {}} | _layered(file, flags, sets))
-    if "refresh" in recipe.caching.model_fields_set:
+    recipe = _checked(Recipe, _layered("caching", file, flags, sets))
+    caching = recipe.caching
+    if not isinstance(caching, HarmoniCaSettings) or "refresh" in caching.model_fields_set:
         return recipe
-    refresh = _whole_trajectories(recipe.caching.refresh, recipe.solver.steps)
-    return recipe.model_copy(update={"caching": recipe.caching.model_copy(update={"refresh": refresh})})
+    refresh = _whole_trajectories(caching.refresh, recipe.solver.steps)
+    return recipe.model_copy(update={"caching": caching.model_copy(update={"refresh": refresh})})
 
 
 def resolve_quant(
     file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
 ) -> QuantRecipe:
     """As `resolve`, for a recipe with a `quant:` section."""
-    settings = {"quant": {}} | _layered(file, flags, sets)
-    distilled = isinstance(settings["quant"], dict) and settings["quant"].get("method") == "efficientdm"
-    return _checked(EfficientDMRecipe if distilled else PtqRecipe, settings)
+    return _checked(QuantRecipe, _layered("quant", file, flags, sets))
 
 
 def resolve_any(file: Path) -> Recipe | QuantRecipe:
@@ -127,24 +118,33 @@ def resolve_any(file: Path) -> Recipe | QuantRecipe:
     return resolve_quant(file) if "quant" in read(file) else resolve(file)
 
 
-def _layered(file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:
+def _layered(section: str, file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:
+    """Settings by dotted path: the default method of `section`, under the file, under flags, under sets."""
     given = {path: value for path, value in (flags or {}).items() if value is not None}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {f"{section}.method": DEFAULT_METHODS[section]}
     for layer in ({} if file is None else _flat(read(file)), given, dict(map(_assignment, sets))):
-        replaced = set() if layer.keys().isdisjoint(GOALS) else set(GOALS)
-        settings = {path: value for path, value in settings.items() if path not in replaced} | layer
-    return _nested(settings)
+        settings = _over(settings, layer)
+    return settings
 
 
-def _checked(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
+def _checked(kind: type[Kind], settings: dict[str, Any]) -> Kind:
     """Raises RecipeError for what does not fit `kind`, a section of another kind first."""
-    own, other = ("quant", "caching") if issubclass(kind, QuantRecipe) else ("caching", "quant")
-    if other in settings:
+    own = section_of(kind)
+    for other in {path.partition(".")[0] for path in settings} & (DEFAULT_METHODS.keys() - {own}):
         raise RecipeError(f"a run is of one kind, and this one has a {own} section: put {other} into another recipe")
     try:
-        return kind.model_validate(settings, strict=True)
+        return kind.model_validate(_nested(settings), strict=True)
     except ValidationError as error:
-        raise RecipeError(_one_line(error, kind)) from error
+        raise RecipeError(one_line(error, kind, settings[f"{own}.method"])) from error
+
+
+def _over(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """`layer` over `settings`: its goal replaces theirs, and another method all that was said but a target."""
+    dropped = set() if layer.keys().isdisjoint(GOALS) else set(GOALS)
+    method = settings.get("caching.method")
+    if layer.get("caching.method", method) != method:
+        dropped |= {path for path in settings if path.startswith("caching.") and path not in TARGETS}
+    return {path: value for path, value in settings.items() if path not in dropped} | layer
 
 
 def read(file: Path) -> dict[Any, Any]:
@@ -170,8 +170,7 @@ def dump(recipe: Run) -> str:
 
 def schema() -> str:
     """JSON Schema of a recipe file, for editors."""
-    kinds = TypeAdapter(Recipe | PtqRecipe | EfficientDMRecipe)
-    return json.dumps(kinds.json_schema(), indent=2, ensure_ascii=False)
+    return json.dumps(TypeAdapter(Recipe | QuantRecipe).json_schema(), indent=2, ensure_ascii=False)
 
 
 def first_difference(old: Run, new: Run) -> str | None:
@@ -233,52 +232,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict):
             inner[key] = value
     return nested
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted path of a recipe: "model", "solver", "solver.name", ..."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(f"{prefix}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _one_line(invalid: ValidationError, kind: type[Run]) -> str:
-    """What is wrong with the first offending key, unknown keys first."""
-    errors = invalid.errors()
-    for error in errors:
-        if error["type"] == "extra_forbidden":
-            unknown = ".".join(map(str, error["loc"]))
-            return f"unknown key '{unknown}'; {_suggestion(unknown, kind)}"
-    path, first = _known_path(errors[0]["loc"], kind), errors[0]
-    if first["type"] == "missing":
-        return f"{path} is not set; give {kind.model_fields[path].description}"
-    if first["type"] == "value_error":
-        return f"{path}: {first['msg'].removeprefix('Value error, ')}"
-    if first["type"] == "model_type":
-        return f"{path} = {first['input']!r} should be a section of settings such as `{path}: {{...}}`"
-    wanted = [
-        error["msg"].removeprefix("Input should be ") for error in errors if _known_path(error["loc"], kind) == path
-    ]
-    return f"{path} = {first['input']!r} should be {', or '.join(wanted)}"
-
-
-def _known_path(location: Sequence[int | str], kind: type[Run]) -> str:
-    """The dotted path of an error, without the union members that pydantic appends."""
-    paths = [".".join(map(str, location[:end])) for end in range(1, len(location) + 1)]
-    return [path for path in paths if path in _keys(kind)][-1]
-
-
-def _suggestion(unknown: str, kind: type[Run]) -> str:
-    """The same name elsewhere, else the nearest name of the section, else the nearest of all."""
-    section, _, name = unknown.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in _keys(kind) if key.rpartition(".")[0] == section}
-    anywhere = {key.rpartition(".")[2]: key for key in _keys(kind)}
-    if name in anywhere:
-        return f"did you mean '{anywhere[name]}'?"
-    for names in (siblings, anywhere):
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
-            return f"did you mean '{names[close[0]]}'?"
-    return f"known here: {', '.join(siblings)}"

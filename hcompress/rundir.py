@@ -5,6 +5,7 @@ RUN/env.json               versions and hardware at the start
 RUN/metrics.jsonl          one JSON object a line, in order
 RUN/checkpoint.pt          all that a resumed run needs, replaced atomically; of a stage RUN/STAGE.pt
 RUN/schedule.safetensors   the result of training
+RUN/heatmap.png            and a picture of it
 RUN/quantized.safetensors  the result of quantizing, which makes the folder a MODEL
 """
 
@@ -67,6 +68,11 @@ class RunDir:
     def quantized(self) -> Path:
         """The finished network in few bits."""
         return self.path / "quantized.safetensors"
+
+    @property
+    def heatmap(self) -> Path:
+        """A picture of it."""
+        return self.path / "heatmap.png"
 
     def log(self, record: dict[str, Any]) -> None:
         """Append `record` to the metrics; a kill afterwards does not lose it."""

@@ -2,6 +2,7 @@
 
     x_k   = solver table (start noise, outputs so far, noises)                  hcompress_runtime.table
     o_k   = guided network output; every branch either computes and overwrites its slot, or yields its slot
+            (under IDDPM with the call's noise in it, see hcompress_runtime.table)
     x_T   = the finished sample
 
 All other ways to run a schedule (frozen graphs, a patched diffusers pipeline) are tested against this one.
@@ -9,7 +10,7 @@ All other ways to run a schedule (frozen graphs, a patched diffusers pipeline) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
+from hcompress.errors import SolverError
 from hcompress_runtime.conditions import Given, complete, take
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.table import SolverTable
@@ -59,9 +61,30 @@ def solver_noises(adapter: Adapter, table: SolverTable, seed: int, samples: Sequ
 
 
 def constants_of(adapter: Adapter, table: SolverTable) -> list[dict[str, Tensor]]:
-    """The step constants of each of the T calls, one row each."""
-    every = adapter.step_constants(torch.from_numpy(table.timesteps).to(adapter.device))
+    """The step constants of each of the T calls, one row each; with gain and slope of the noise where it is learned."""
+    every = dict(adapter.step_constants(torch.from_numpy(table.timesteps).to(adapter.device)))
+    if table.learned is not None:
+        gain, slope = torch.from_numpy(table.learned).to(adapter.device, torch.float32).unbind(1)
+        every |= {"noise_gain": gain, "noise_slope": slope}
     return [{name: rows[call : call + 1] for name, rows in every.items()} for call in range(table.num_calls)]
+
+
+def solver_output(raw: Tensor, constants: Mapping[str, Tensor], noise: Tensor | None, channels: int) -> Tensor:
+    """What the solver goes by, [B, channels, H, W], of a raw guided output [B, C_out, H, W].
+
+    A learned variance is left out, unless the solver scales the call's `noise` [B, channels, H, W] by it.
+    Raises SolverError where there is none.
+    """
+    output = raw if raw.shape[1] == channels else raw[:, :channels]
+    if noise is None:
+        return output
+    if raw.shape[1] < 2 * channels:
+        raise SolverError(
+            f"this solver takes its variance from the model, which gives {raw.shape[1]} channels and not "
+            f"{2 * channels}; use ddpm, whose variance is fixed"
+        )
+    variance = raw[:, channels : 2 * channels]
+    return output + constants["noise_gain"] * noise * torch.exp(constants["noise_slope"] * (1 + variance))
 
 
 @torch.no_grad()
@@ -98,7 +121,8 @@ def trajectory(
     for call, constants in enumerate(constants_of(adapter, table)):
         x = table.combine(call, start, outputs, noises)
         route = compute_all if compute is None else hard_route(compute[call], slots)
-        outputs.append(adapter.guided(x, condition, constants, cfg, route)[:, :channels])
+        raw = adapter.guided(x, condition, constants, cfg, route)
+        outputs.append(solver_output(raw, constants, table.noise_of(call, noises), channels))
         yield x, outputs[-1], slots
 
 

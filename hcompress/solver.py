@@ -19,6 +19,7 @@ import inspect
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -34,6 +35,7 @@ Scheduler: TypeAlias = Any  # a diffusers scheduler; diffusers ships no types, a
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),  # Song et al. 2021, eq. 12, eta = 0
     "ddpm": ("DDPMScheduler", {}),  # Ho et al. 2020, algorithm 2
+    "iddpm": ("DDPMScheduler", {"variance_type": "learned_range"}),  # Nichol and Dhariwal 2021, eq. 15
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M
     "dpm++-singlestep": (  # Lu et al. 2022, 2S; an odd number of steps and a last sigma of 0 need lower_order_final
         "DPMSolverSinglestepScheduler",
@@ -91,10 +93,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
         raise SolverError(f"there is no solver {name!r}; {hint}Choose from: {', '.join(SOLVERS)}")
     classes = {other: getattr(diffusers, class_name) for other, (class_name, _) in SOLVERS.items()}
     accepted = _accepted(classes[name])
-    kind = _kind(config)
-    if kind not in (None, _kind(accepted)):
-        fitting = ", ".join(other for other in SOLVERS if _kind(_accepted(classes[other])) == kind)
-        raise SolverError(f"{name!r} is for {_kind(accepted)} models, but this one is {kind}; choose from: {fitting}")
+    kind = kind_of(config)
+    if kind not in (None, kind_of(accepted)):
+        fitting = ", ".join(other for other in SOLVERS if kind_of(_accepted(classes[other])) == kind)
+        raise SolverError(f"{name!r} is for {kind_of(accepted)} models, but this one is {kind}; choose from: {fitting}")
     class_name, settings = SOLVERS[name]
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
         raise SolverError(f"{name!r} cannot follow this model's schedule: {class_name} has no rescale_betas_zero_snr")
@@ -113,32 +115,18 @@ def probe(scheduler: Scheduler, steps: int) -> SolverTable:
     Raises SolverError, by name and with the setting to change, for a scheduler that is not affine, and for one that
     cannot make this number of steps.
     """
-    import torch
-
     name = type(scheduler).__name__
     settings = _settings(scheduler)
     for key, what in _NOT_AFFINE.items():
         if settings.get(key):
             raise SolverError(f"{name} {what}, which is not affine; set {key}=False")
-    # DPM-Solver has the same setting but only drops the variance channels; DDPM's family copies it to an attribute.
-    if vars(scheduler).get("variance_type") in ("learned", "learned_range"):
+    if _variance(scheduler) == "learned":
         raise SolverError(
-            f"{name} scales its noise by the model's own output, which is not affine; set variance_type='fixed_small'"
+            f"{name} scales its noise by the model's own output in no known way; set variance_type='learned_range'"
         )
-
-    fresh = _with_timesteps(scheduler, steps)
-    timesteps = np.array([float(t) for t in fresh.timesteps])
-    calls = len(timesteps)
-    # The batch axis runs over directions: x_T, each model output, and one noise a call, the most that any step draws.
-    directions = torch.eye(1 + 2 * calls, dtype=torch.float64, device="cpu").reshape(1 + 2 * calls, -1, 1, 1, 1)
-    trajectory, drawn = _run(fresh, directions[0], directions[1 : 1 + calls], directions[1 + calls :])
-    rows = trajectory.reshape(calls + 1, -1)
-    if not np.isfinite(rows).all():
-        raise SolverError(
-            f"{name} gives infinite or undefined samples at {steps} steps; "
-            "ask for fewer, or change prediction_type, variance_type or rescale_betas_zero_snr"
-        )
-    table = SolverTable(timesteps, rows[:, 0], rows[:, 1 : 1 + calls], rows[:, 1 + calls : 1 + calls + drawn])
+    table = _basis_run(scheduler, steps, variance=-1.0)
+    if _variance(scheduler) == "learned_range":
+        table = _with_learned_noise(table, _basis_run(scheduler, steps, variance=1.0))
     error = verify(table, scheduler, steps)
     if not error <= TOLERANCE:
         raise SolverError(
@@ -163,7 +151,12 @@ def verify(table: SolverTable, scheduler: Scheduler, steps: int, seed: int = 0) 
     start = random.standard_normal(shape)
     outputs = random.standard_normal((table.num_calls, *shape))
     noises = random.standard_normal((table.num_noises, *shape))
-    want, _ = _run(fresh, *map(torch.from_numpy, (start, outputs, noises)))
+    variances = random.uniform(-1, 1, (table.num_calls, *shape))
+    raw = outputs if table.learned is None else np.concatenate([outputs, variances], axis=2)
+    want, _ = _run(fresh, *map(torch.from_numpy, (start, raw, noises)))
+    if table.learned is not None:
+        gain, slope = table.learned[: len(noises)].T.reshape(2, -1, 1, 1, 1, 1)
+        outputs[: len(noises)] += gain * noises * np.exp(slope * (1 + variances[: len(noises)]))
     got = np.multiply.outer(table.start, start)
     got += np.tensordot(table.outputs, outputs, 1) + np.tensordot(table.noises, noises, 1)
     row = tuple(range(1, want.ndim))
@@ -187,7 +180,7 @@ def solver_identity(scheduler: Scheduler, steps: int) -> dict[str, str | int]:
     return {"class": name, "steps": steps, "config_hash": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _kind(keys: Collection[str]) -> str | None:
+def kind_of(keys: Collection[str]) -> str | None:
     """What a model was trained as, or a solver is made for, by the names of its settings; None if they do not tell."""
     return next((kind for key, kind in _KINDS.items() if key in keys), None)
 
@@ -211,6 +204,49 @@ def _settings(scheduler: Scheduler) -> dict[str, Any]:
     """The part of a scheduler's config that its class reads: no private keys, none kept for other classes."""
     accepted = _accepted(type(scheduler))
     return {key: value for key, value in scheduler.config.items() if key in accepted}
+
+
+def _variance(scheduler: Scheduler) -> str | None:
+    """What scales the noise, as DDPM's family calls it.
+
+    DPM-Solver has the same setting but only drops the variance channels; DDPM's family copies it to an attribute.
+    """
+    return vars(scheduler).get("variance_type")
+
+
+def _basis_run(scheduler: Scheduler, steps: int, variance: float) -> SolverTable:
+    """The table of one run on basis vectors, in which a model that guesses its variance always says `variance`."""
+    import torch
+
+    fresh = _with_timesteps(scheduler, steps)
+    timesteps = np.array([float(t) for t in fresh.timesteps])
+    calls = len(timesteps)
+    # The batch axis runs over directions: x_T, each model output, and one noise a call, the most that any step draws.
+    directions = torch.eye(1 + 2 * calls, dtype=torch.float64, device="cpu").reshape(1 + 2 * calls, -1, 1, 1, 1)
+    outputs = directions[1 : 1 + calls]
+    if _variance(scheduler) == "learned_range":
+        outputs = torch.cat([outputs, torch.full_like(outputs, variance)], dim=2)
+    trajectory, drawn = _run(fresh, directions[0], outputs, directions[1 + calls :])
+    rows = trajectory.reshape(calls + 1, -1)
+    if not np.isfinite(rows).all():
+        raise SolverError(
+            f"{type(scheduler).__name__} gives infinite or undefined samples at {steps} steps; "
+            "ask for fewer, or change prediction_type, variance_type or rescale_betas_zero_snr"
+        )
+    return SolverTable(timesteps, rows[:, 0], rows[:, 1 : 1 + calls], rows[:, 1 + calls : 1 + calls + drawn])
+
+
+def _with_learned_noise(least: SolverTable, most: SolverTable) -> SolverTable:
+    """The table that puts each noise into the output of its call, from those of the least and the largest variance.
+
+    What a call's noise moves, its output moves too, in a fixed proportion: DDPM looks at nothing but the last step.
+    """
+    calls, drawn = np.arange(least.num_noises), least.num_noises
+    learned = np.zeros((least.num_calls, 2))
+    at = (calls + 1, calls)
+    learned[:drawn, 0] = least.noises[at] / least.outputs[at]
+    learned[:drawn, 1] = np.log(most.noises[at] / least.noises[at]) / 2
+    return replace(least, noises=np.zeros_like(least.noises), learned=learned)
 
 
 def _with_timesteps(scheduler: Scheduler, steps: int) -> Scheduler:

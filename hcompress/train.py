@@ -1,7 +1,7 @@
-"""From a recipe to a run folder with a schedule in it: training that can be killed, resumed and watched.
+"""From a recipe to a run folder with a schedule in it, by any caching method: killed, resumed and watched if it trains.
 
-A checkpoint is written after every trajectory (it is a few kilobytes), so at most one trajectory is done twice. Under
-`accelerate launch` each process walks its own noises; gradients and lambdas are averaged, rank 0 writes.
+A checkpoint is written after every round (it is a few kilobytes), so at most one round is done twice. Under
+`accelerate launch` each process walks its own noises or images; gradients and lambdas are averaged, rank 0 writes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hcompress.caching.harmonica import OneProcess, Progress, Ranks, Training
+from hcompress import process
+from hcompress.caching import CACHING
+from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
 from hcompress.checkpoint import read_checkpoint, write_checkpoint
+from hcompress.images import open_images
 from hcompress.recipe import Recipe
+from hcompress.report.heatmap import save_heatmap
 from hcompress.rundir import RunDir, open_run
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of
@@ -60,47 +65,67 @@ def train(
     *,
     resume: bool = False,
     device: str = "cpu",
-    on_start: Callable[[Setting, int], None] = lambda setting, done: None,
+    on_start: Callable[[Setting, Method], None] = lambda setting, method: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_notice: Callable[[str], None] = lambda line: None,
 ) -> Schedule:
-    """Train until the recipe's last trajectory and leave `out`/schedule.safetensors.
+    """Run the recipe's method to its end and leave `out`/schedule.safetensors.
 
-    on_start gets the opened setting and the trajectories already done, on_progress each trajectory's figures.
-    Raises RunError where `out` cannot be used or its checkpoint cannot be read.
+    on_start gets the opened setting and the method as it starts or goes on, on_progress each round's figures, on_notice
+    a line on what was left out, such as an image that cannot be read.
+    Raises RunError where `out` cannot be used or its checkpoint cannot be read, DataError for images.
     """
     ranks = launched_ranks()
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
-    training = Training(setting.adapter, setting.table, recipe.cfg, recipe.caching, recipe.seed, ranks)
+    method = CACHING[recipe.caching.method](problem_of(setting, recipe.seed, ranks, on_notice), recipe.caching)
     if resume and run.checkpoint.exists():
-        training.router.restore(read_checkpoint(run.checkpoint))
-        if writes:
-            run.rewind(training.router.trajectory)
-    on_start(setting, training.router.trajectory)
-    for progress in training.run():
+        method.restore(read_checkpoint(run.checkpoint))
+    if writes:
+        run.rewind(method.done)
+    on_start(setting, method)
+    for progress in method.run():
         if writes:
             run.log(asdict(progress))
-            write_checkpoint(run.checkpoint, training.router.state())
+            write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
-    schedule = _schedule(recipe, setting, training)
+    found = method.found()
+    schedule = _schedule(recipe, setting, found)
     if writes:
+        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]}
+        for record in [] if method.rounds else [*found.records, figures]:
+            run.log(record)
+        save_heatmap(schedule, run.heatmap)
         schedule.save(run.schedule)
     if isinstance(ranks, Launched):
         ranks.leave()
     return schedule
 
 
-def _schedule(recipe: Recipe, setting: Setting, training: Training) -> Schedule:
-    """The hard schedule that the router has learned, with its history."""
-    settings = recipe.caching
-    compute = training.router.hard(settings.threshold)
-    graph = setting.adapter.graph
+def problem_of(
+    setting: Setting, seed: int, ranks: Ranks | None = None, on_notice: Callable[[str], None] = lambda line: None
+) -> Problem:
+    """What a caching method is given in `setting`; images and the forward process are opened where it asks for them."""
+    return Problem(
+        setting.adapter,
+        setting.table,
+        setting.cfg,
+        seed,
+        process=partial(process.at, setting.model.scheduler_config, setting.table.timesteps),
+        images=lambda folder: open_images(setting, seed, folder, on_notice),
+        ranks=ranks or OneProcess(),
+    )
+
+
+def _schedule(recipe: Recipe, setting: Setting, found: Found) -> Schedule:
+    """What was found, with its history."""
+    graph, settings = setting.adapter.graph, recipe.caching.model_dump(exclude_none=True)
     history = {
-        **settings.model_dump(exclude_none=True),
-        "name": settings.method,
-        "final_beta": training.router.beta,
+        **settings,
+        "name": recipe.caching.method,
+        **found.history,
         "seed": recipe.seed,
-        "mac_ratio": graph.mac_ratio(compute),
+        "mac_ratio": graph.mac_ratio(found.compute),
     }
-    return Schedule(compute, graph.names, setting.identity, history, training.router.logits())
+    return Schedule(found.compute, graph.names, setting.identity, history, found.logits)

@@ -8,15 +8,16 @@ FLUX stand for joint attention: the same text, and a pooled vector of width 6.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 if TYPE_CHECKING:
     from hcompress.adapter import Adapter
+    from hcompress.caching.problem import Method, Problem
     from hcompress.schedule import Identity, Schedule
     from hcompress_runtime.table import SolverTable
 
@@ -141,6 +142,50 @@ def make_table(solver: str = "ddim", calls: int = CALLS) -> tuple[SolverTable, d
     return probe(scheduler, calls), solver_identity(scheduler, calls)
 
 
+LONG_SKIPS = ("in.0", "in.1", "mid", "out.0", "out.1")
+
+
+def make_skipping_dit() -> Adapter:
+    """A tiny DiT that guesses a variance, its blocks called like those of a network with long skips."""
+    from hcompress.branches import BranchGraph
+
+    adapter = make_dit(num_layers=len(LONG_SKIPS), out_channels=4)
+    graph, names = adapter.graph, [f"{block}.{kind}" for block in LONG_SKIPS for kind in ("attn", "mlp")]
+    renamed = tuple(replace(branch, name=name) for branch, name in zip(graph.branches, names, strict=True))
+    adapter.graph = BranchGraph(renamed, graph.other_macs, graph.other_params)
+    return adapter
+
+
+def make_problem(adapter: Adapter, *, solver: str = "ddim", calls: int = 6, seed: int = 3) -> Problem:
+    """What a caching method is given: `adapter` under a solver, and eleven noisy images of its five classes."""
+    from hcompress import process
+    from hcompress.caching.problem import Problem
+    from hcompress.images import Arrays, ImageStream
+
+    random = np.random.default_rng(0)
+    source = Arrays(random.standard_normal((11, *adapter.sample_shape), np.float32), random.integers(5, size=11))
+    table = make_table(solver, calls)[0]
+    return Problem(
+        adapter,
+        table,
+        CFG,
+        seed,
+        process=lambda: process.at({"beta_schedule": "linear"}, table.timesteps),
+        images=lambda folder: ImageStream(source, seed, None, adapter.device),
+    )
+
+
+def make_method(name: str, adapter: Adapter, settings: dict[str, object], **problem: Any) -> Method:
+    """A caching method of CACHING on `make_problem`."""
+    from pydantic import TypeAdapter
+
+    from hcompress.caching import CACHING
+    from hcompress.caching.settings import CachingSettings
+
+    checked = TypeAdapter(CachingSettings).validate_python({"method": name} | settings)
+    return CACHING[name](make_problem(adapter, **problem), checked)
+
+
 def random_mask(calls: int, branches: int, *, reuse: float = 0.5, seed: int = 0) -> np.ndarray:
     """bool[calls, branches], row 0 computed."""
     mask = np.random.default_rng(seed).random((calls, branches)) >= reuse
@@ -183,6 +228,12 @@ def export(
 def tiny_dit() -> Adapter:
     """The tiny model. Do not change it."""
     return make_dit()
+
+
+@pytest.fixture(scope="session")
+def skipping_dit() -> Adapter:
+    """A tiny model whose blocks are called like a U-ViT's. Do not change it."""
+    return make_skipping_dit()
 
 
 @pytest.fixture(scope="session")

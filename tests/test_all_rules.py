@@ -7,7 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from hcompress.caching.rules import interval, nearest_interval, random_mask
+from hcompress.branches import Branch, BranchGraph
+from hcompress.caching.long_skips import deepcache, faster_diffusion
+from hcompress.caching.rules import FAR, interval, nearest_interval, random_mask, uniform_mask
 from hcompress.errors import ScheduleError
 
 RULES = {
@@ -17,6 +19,7 @@ RULES = {
     "countdown 3": partial(interval, every=3, convention="countdown"),
     "nearest": partial(nearest_interval, cur=0.4),
     "random": partial(random_mask, cur=0.4, seed=0),
+    "uniform": partial(uniform_mask, cur=0.4),
 }
 
 
@@ -62,11 +65,38 @@ def test_all_branches_share_the_decision_of_an_interval():
 
 
 def test_nearest_is_no_further_than_any_other():
-    for wanted in np.linspace(0, 1, 21):
-        others = [interval(20, 4, every=n, convention=c) for n in range(1, 21) for c in ("alternate", "countdown")]
-        got = abs(cur(nearest_interval(20, 4, wanted)) - wanted)
-        assert got == pytest.approx(min(abs(cur(other) - wanted) for other in others))
+    for conventions in (["alternate"], ["countdown"], ["alternate", "countdown"]):
+        only = conventions[0] if len(conventions) == 1 else None
+        for wanted in np.linspace(0.4, 1, 13):
+            others = [interval(20, 4, every=n, convention=c) for n in range(1, 21) for c in conventions]
+            got = abs(cur(nearest_interval(20, 4, wanted, convention=only)) - wanted)
+            assert got == pytest.approx(min(abs(cur(other) - wanted) for other in others))
+            assert got <= FAR
     assert cur(nearest_interval(20, 4, 0.475)) == pytest.approx(0.45)  # 0.50 is as near and reuses more
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.05, 0.2, 0.34])
+def test_an_interval_that_would_be_far_off_is_refused(wanted):
+    with pytest.raises(ScheduleError, match=f"CUR of {100 * wanted:.0f} %: 0 and 45 % are the lowest"):
+        nearest_interval(20, 4, wanted)
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.1, 0.37, 0.5, 0.95])
+@pytest.mark.parametrize(("num_calls", "num_branches"), [(20, 6), (7, 20), (50, 56)])
+def test_uniform_spreads_exactly_what_is_asked_over_branches_and_calls(num_calls, num_branches, wanted):
+    wanted = min(wanted, (num_calls - 1) / num_calls)
+    mask = uniform_mask(num_calls, num_branches, cur=wanted)
+    assert (~mask).sum() == round(wanted * mask.size)
+    of_branch, of_call = (~mask).sum(axis=0), (~mask)[1:].sum(axis=1)
+    assert np.ptp(of_branch) <= 1
+    # Golden-ratio phases fill an interval with at most log(N) more or fewer points than its share: 4 for N <= 56.
+    assert np.abs(of_call - of_call.mean()).max() <= 4
+    quota = of_branch.max() / (
+        num_calls - 1
+    )  # evenly spread: between computing twice there are at most this many calls
+    if quota < 1:
+        longest = max(len(run) for column in mask.T for run in "".join("cr"[not x] for x in column).split("c"))
+        assert longest <= np.ceil(quota / (1 - quota))
 
 
 @pytest.mark.parametrize("wanted", [0.0, 0.1, 0.4, 0.95])
@@ -85,7 +115,55 @@ def test_random_is_uniform_over_all_rows_but_the_first():
 
 
 def test_what_no_schedule_can_reach_is_refused():
-    with pytest.raises(ScheduleError, match=r"CUR of 0\.96 is out of reach: 20 calls allow 0 to 0\.95"):
-        random_mask(20, 6, cur=0.96, seed=0)
+    for rule in (partial(random_mask, seed=0), uniform_mask):
+        with pytest.raises(ScheduleError, match=r"CUR of 0\.96 is out of reach: 20 calls allow 0 to 0\.95"):
+            rule(20, 6, cur=0.96)
     with pytest.raises(ScheduleError, match="interval of 0 calls"):
         interval(20, 6, every=0)
+
+
+DEPTH = 3
+BLOCKS = [f"in.{i}" for i in range(DEPTH)] + ["mid"] + [f"out.{i}" for i in range(DEPTH)]
+UVIT = BranchGraph(tuple(Branch(f"{block}.{kind}", 8, (4, 2), 8) for block in BLOCKS for kind in ("attn", "mlp")), 4, 4)
+LONG_SKIPS = {
+    "deepcache": partial(deepcache, UVIT, every=3, pairs=1),
+    "deepcache 2": partial(deepcache, UVIT, every=2, pairs=2),
+    "faster-diffusion": partial(faster_diffusion, UVIT, every=4),
+    "keys": partial(faster_diffusion, UVIT, keys=[1, 5]),
+}
+
+
+@pytest.mark.parametrize("rule", LONG_SKIPS.values(), ids=LONG_SKIPS)
+def test_long_skip_rules_compute_everything_first_and_whole_blocks_always(rule):
+    compute = rule(7)
+    assert compute.shape == (7, len(UVIT)) and compute[0].all() and not compute.all()
+    assert (compute[:, ::2] == compute[:, 1::2]).all()  # attention and MLP of a block share their decision
+
+
+def computed(row):
+    return [block for block, flag in zip(BLOCKS, row[::2], strict=True) if flag]
+
+
+def test_deepcache_keeps_the_outermost_pairs_between_full_calls():
+    compute = deepcache(UVIT, 7, every=3, pairs=2)
+    assert [len(computed(row)) for row in compute] == [7, 4, 4, 7, 4, 4, 7]
+    assert computed(compute[1]) == ["in.0", "in.1", "out.1", "out.2"]
+    # caching.md gives 1 / N + (1 - 1 / N) 2 m / blocks for the cost; 7 of 7 calls have one full call more than 7 / 3.
+    assert deepcache(UVIT, 6, every=3, pairs=2).mean() == pytest.approx(1 / 3 + 2 / 3 * 4 / 7)
+
+
+def test_faster_diffusion_runs_the_decoder_alone_between_keys():
+    compute = faster_diffusion(UVIT, 6, keys=[3])
+    assert [len(computed(row)) for row in compute] == [7, 3, 3, 7, 3, 3]
+    assert computed(compute[1]) == ["out.0", "out.1", "out.2"]
+    assert (faster_diffusion(UVIT, 6, every=3) == compute).all()
+
+
+def test_what_no_network_can_do_is_refused():
+    for rule in (partial(deepcache, every=2, pairs=1), partial(faster_diffusion, every=2)):
+        with pytest.raises(ScheduleError, match=r"no long skips: its branches are called 0\.attn"):
+            rule(BranchGraph((Branch("0.attn", 1, (1,), 1),), 1, 1), 5)
+    with pytest.raises(ScheduleError, match="3 pairs of blocks would leave nothing to reuse; pass 1 to 2"):
+        deepcache(UVIT, 5, every=2, pairs=DEPTH)
+    with pytest.raises(ScheduleError, match="key call 5 is outside 0 to 4"):
+        faster_diffusion(UVIT, 5, keys=[5])

@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 from hcompress.errors import SolverError
+from hcompress.sampling import solver_output
 from hcompress.solver import SOLVERS, TOLERANCE, make_scheduler, probe, solver_identity, verify
 from hcompress_runtime.table import SolverTable
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array_wrap__ must accept context and return_scalar:DeprecationWarning",
 )
 
+FIELDS = ("timesteps", "start", "outputs", "noises", "learned")
 TOO_FEW_STEPS = {("pndm", 2)}  # PNDM's Runge-Kutta start needs 4 steps
 CASES = [(name, steps) for name in SOLVERS for steps in (2, 5, 20) if (name, steps) not in TOO_FEW_STEPS]
 VARIANCE_PRESERVING = [name for name in SOLVERS if name not in ("edm-euler", "flow-euler")]
@@ -46,17 +48,25 @@ def test_table_gives_the_trajectory_that_the_scheduler_gives(name: str, steps: i
     shape = (2, 3, 4, 4)
     start = torch.randn(shape, dtype=torch.float64)
     x = start * getattr(scheduler, "init_noise_sigma", 1.0)
-    inputs, outputs = [], []
+    inputs, outputs, variances = [], [], []
     for t in scheduler.timesteps:
         inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
         outputs.append(torch.sin(3 * inputs[-1] + 0.01 * t).roll(1, dims=-1))
-        x = scheduler.step(outputs[-1], t, x).prev_sample
+        variances.append(torch.cos(5 * inputs[-1]))
+        raw = outputs[-1] if table.learned is None else torch.cat([outputs[-1], variances[-1]], dim=1)
+        x = scheduler.step(raw, t, x).prev_sample
 
     torch.manual_seed(0)
     drawn = torch.float32 if name == "dpm++-sde" else torch.float64
     assert torch.equal(torch.randn(shape, dtype=torch.float64), start)
     noises = [torch.randn(shape, dtype=drawn).double() for _ in range(table.num_noises)]
     assert table.timesteps.tolist() == [float(t) for t in scheduler.timesteps]
+    if table.learned is not None:
+        constants = [dict(zip(("noise_gain", "noise_slope"), row, strict=True)) for row in torch.tensor(table.learned)]
+        raw = [torch.cat(pair, dim=1) for pair in zip(outputs, variances, strict=True)]
+        outputs = [
+            solver_output(raw[call], constants[call], table.noise_of(call, noises), 3) for call in range(len(raw))
+        ]
     for call, want in enumerate([*inputs, x]):
         got = table.combine(call, start, outputs, noises)
         # 1e-5: some 20 steps of those schedulers that round to float32 (eps 6e-8) whatever they are given.
@@ -75,9 +85,12 @@ def test_every_output_moves_the_next_input_and_nothing_earlier(name: str) -> Non
 @pytest.mark.parametrize("name", SOLVERS)
 def test_noises_are_those_of_the_stochastic_solvers_and_come_after_their_call(name: str) -> None:
     table = _table(name, 5)
-    assert table.num_noises == {"ddpm": 4, "lcm": 4, "dpm++-sde": 5, "sa": 5, "euler-a": 5}.get(name, 0)
+    assert table.num_noises == {"ddpm": 4, "iddpm": 4, "lcm": 4, "dpm++-sde": 5, "sa": 5, "euler-a": 5}.get(name, 0)
     assert not np.triu(table.noises).any()
-    if table.num_noises:
+    if table.learned is not None:  # noises are in the outputs, of every call but the last
+        assert not table.noises.any()
+        assert np.flatnonzero(table.learned.all(axis=1)).tolist() == [*range(table.num_noises)]
+    elif table.num_noises:
         assert np.diag(table.noises, -1).any()
 
 
@@ -89,7 +102,7 @@ def test_probing_twice_gives_the_same_table_and_leaves_the_scheduler_alone(name:
     first = _table(name, 5)
     with torch.device("meta"):  # a default device, which here would lose every number, is not followed
         second = probe(scheduler, 5)
-    for field in ("timesteps", "start", "outputs", "noises"):
+    for field in FIELDS:
         assert np.array_equal(getattr(first, field), getattr(second, field))
     assert dict(scheduler.config) == config
     assert _state(scheduler) == state
@@ -101,10 +114,11 @@ def test_verify_notices_a_wrong_coefficient_and_other_steps(name: str) -> None:
     table = _table(name, 5)
     assert verify(table, scheduler, 5, seed=1) <= TOLERANCE
     assert verify(table, scheduler, 6) == float("inf")
-    for field in ("start", "outputs", "noises"):
-        arrays = {key: getattr(table, key).copy() for key in ("timesteps", "start", "outputs", "noises")}
-        if arrays[field].size:
-            arrays[field][(-1, 0)[: arrays[field].ndim]] += 0.01 * np.abs(arrays["outputs"][-1]).max()
+    for field in FIELDS[1:]:
+        arrays = {key: getattr(table, key).copy() for key in FIELDS if getattr(table, key) is not None}
+        if field in arrays and arrays[field].size and not (field == "noises" and "learned" in arrays):
+            row = 0 if field == "learned" else -1
+            arrays[field][(row, 0)[: arrays[field].ndim]] += 0.01 * np.abs(arrays["outputs"][-1]).max()
             assert verify(SolverTable(**arrays), scheduler, 5, seed=1) > 100 * TOLERANCE
 
 
@@ -134,8 +148,7 @@ def test_settings_and_classes_outside_the_named_solvers_have_tables_too(schedule
         (CMStochasticIterativeScheduler(), "set clip_denoised=False"),
         (DDIMScheduler(clip_sample=False, thresholding=True), "set thresholding=False"),
         (DPMSolverMultistepScheduler(thresholding=True), "set thresholding=False"),
-        (DDPMScheduler(clip_sample=False, variance_type="learned"), "set variance_type='fixed_small'"),
-        (DDPMScheduler(clip_sample=False, variance_type="learned_range"), "set variance_type='fixed_small'"),
+        (DDPMScheduler(clip_sample=False, variance_type="learned"), "set variance_type='learned_range'"),
         (
             DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
             "change prediction_type",

@@ -191,7 +191,7 @@ def test_another_grid_is_refused_until_it_is_resampled(hcompress: Any, run: Path
         ),
         (("--format", "w3a3"), "quant.format = 'w3a3' should be one of w8a8"),
         (("--method", "fp8", "--format", "w4a4"), "quant.format = 'w4a4' is none of fp8's: fp8"),
-        (("--method", "int8"), "quant.method = 'int8' should be 'int8-max'"),
+        (("--method", "int8"), "quant.method = 'int8' does not exist; did you mean 'int8-max'?"),
         (("--set", "quant.samples=0"), "quant.samples = 0 should be greater than or equal to 1"),
         (("--set", "quant.sampels=4"), "unknown key 'quant.sampels'; did you mean 'quant.samples'?"),
         (("--set", "caching.beta=1.0"), "this one has a quant section: put caching into another recipe"),

@@ -390,7 +390,7 @@ def test_a_run_killed_in_any_stage_goes_on_to_the_same_result(model, schedule, t
     left, right = one.network.state_dict(), other.network.state_dict()
     assert all(torch.equal(left[name], right[name]) for name in left)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [record["trajectory"] for record in records if record["stage"] == "distil"] == [1, 2, 3, 4, 5, 6]
+    assert [record["round"] for record in records if record["stage"] == "distil"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_schedule_never_reads_is_marked_and_another_schedule_is_not_exported(together, model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from conftest import make_dit, make_table
 from diffusers import DDIMScheduler
 
 from hcompress.adapter import compute_all
-from hcompress.caching.harmonica import Training, soft_route
+from hcompress.caching.harmonica import Training
+from hcompress.caching.problem import Problem
+from hcompress.caching.router import soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.models.dit import DiT
-from hcompress.sampling import fill_route
+from hcompress.sampling import constants_of, fill_route
 from hcompress.solver import probe
 
 CALLS, BRANCHES = 4, 4
@@ -30,7 +34,7 @@ def table():
 
 def training_of(adapter, table, seed: int = 3, **settings) -> Training:
     given = {"beta": 1e-3, "trajectories": 3, "batch": 2, "lr": 0.1, "refresh": 2 * CALLS} | settings
-    return Training(adapter, table, 1.5, HarmoniCaSettings(**given), seed)
+    return Training(Problem(adapter, table, 1.5, seed, process=None, images=None), HarmoniCaSettings(**given))
 
 
 def run(training: Training) -> np.ndarray:
@@ -54,7 +58,7 @@ def test_the_gradient_of_an_update_is_that_of_the_whole_loss(adapter, table):
     error = torch.nn.functional.mse_loss(student, target)
     (expected,) = torch.autograd.grad(7.0 * error + 0.3 * r.sum(), theta, retain_graph=True)
     training.router.lambdas[1] = 7.0
-    training.update(1, theta, 7.0 * error, r.detach().numpy().astype(np.float64))
+    training.router.update(1, 7.0 * error, training.ranks)
     torch.testing.assert_close(theta.grad, expected, rtol=1e-5, atol=1e-8)  # float32 sums in another order
 
 
@@ -64,7 +68,7 @@ def test_lambda_equals_whole_generations_without_forking(adapter, table, proxy):
     training = training_of(adapter, table, proxy=proxy)
     condition, start, noises = training.draw(0)
     scores = torch.from_numpy(training.router.scores()).float()
-    keep = training.router.hard(0.1)
+    keep = training.router.hard()
 
     @torch.no_grad()
     def generation(routed: set[int]) -> torch.Tensor:
@@ -98,7 +102,7 @@ def test_sensitivity_is_the_image_error_over_the_calls_own_error(adapter, table)
     with torch.no_grad():
         first = training.denoise(0, start, condition, fill_route(slots))
         x = table.combine(1, start, [first])
-        routed = training.denoise(1, x, condition, soft_route(scores[1], training.router.hard(0.1)[1], slots))
+        routed = training.denoise(1, x, condition, soft_route(scores[1], training.router.hard()[1], slots))
         own_error = (routed - training.denoise(1, x, condition, compute_all)).square().mean().item()
     assert ratio[0] == pytest.approx(own_error, rel=1e-4)
 
@@ -131,10 +135,10 @@ def test_the_network_is_frozen_and_gets_no_gradients(adapter, table):
 def test_a_huge_beta_reuses_all_that_may_be_and_a_tiny_one_nothing(adapter, table):
     generous = training_of(adapter, table, beta=1e9, lr=3.0, init=1.0)
     run(generous)
-    assert 1 - generous.router.hard(0.1).mean() == pytest.approx((CALLS - 1) / CALLS)
+    assert 1 - generous.router.hard().mean() == pytest.approx((CALLS - 1) / CALLS)
     strict = training_of(adapter, table, beta=1e-30, lr=0.1, init=1.0)
     run(strict)
-    assert strict.router.hard(0.1).all()
+    assert strict.router.hard().all()
 
 
 def test_only_the_row_of_the_call_is_moved_by_its_update(adapter, table):
@@ -171,7 +175,7 @@ def test_a_restored_router_ends_where_an_uninterrupted_one_does(adapter, table, 
     for _ in range(2):
         next(walk)
     second = training_of(adapter, table, trajectories=5, **settings)
-    second.router.restore(first.router.state())
+    second.restore(first.state())
     assert (run(second) == whole).all()
     assert not (first.router.logits() == whole).all()
 
@@ -184,18 +188,19 @@ ENTRIES = 1.5 / (6 * 4)  # of 24 entries, which differ by decades in what they m
 def test_steering_lands_on_the_target_cur(tiny_dit, target):
     training = training_of(tiny_dit, make_table(calls=6)[0], target_cur=target, **STEERED)
     run(training)
-    assert abs(1 - training.router.hard(0.1).mean() - target) <= ENTRIES
+    assert abs(1 - training.router.hard().mean() - target) <= ENTRIES
 
 
 def test_steering_by_macs_reaches_the_speedup(tiny_dit):
     training = training_of(tiny_dit, make_table(calls=6)[0], target_speedup=1.5, **STEERED)
     run(training)
-    assert abs(1 / tiny_dit.graph.mac_ratio(training.router.hard(0.1)) - 1 / 1.5) <= ENTRIES
+    assert abs(1 / tiny_dit.graph.mac_ratio(training.router.hard()) - 1 / 1.5) <= ENTRIES
 
 
 def test_a_router_may_start_from_logits_and_keeps_its_first_row_pinned(adapter, table):
     first = np.linspace(-3, 3, CALLS * BRANCHES, dtype=np.float32).reshape(CALLS, BRANCHES)
-    training = Training(adapter, table, 1.5, HarmoniCaSettings(beta=1e-3), 0, first=first)
+    problem = Problem(adapter, table, 1.5, 0, process=None, images=None, first=first)
+    training = Training(problem, HarmoniCaSettings(beta=1e-3))
     logits = training.router.logits()
     assert (logits[1:] == first[1:]).all() and (logits[0] == training.settings.clamp).all()
     assert (training.router.previous == logits).all()  # else steering would take the start for a movement
@@ -203,15 +208,13 @@ def test_a_router_may_start_from_logits_and_keeps_its_first_row_pinned(adapter, 
 
 def test_another_model_may_be_the_teacher(adapter, table):
     """The target is the other's output, while the student and lambda stay with the adapter."""
-    other = make_dit(out_channels=4, seed=5)
-    training = Training(adapter, table, 1.5, HarmoniCaSettings(beta=1e-3, batch=2), 0, teacher=other)
-    alone = training_of(adapter, table, seed=0)
-    condition, start, noises = training.draw(0)
-    with torch.no_grad():
-        want = other.guided(start, condition, training.teacher_constants[1], 1.5, compute_all)[:, : training.channels]
-        assert torch.equal(training.target(1, start, condition), want)
-        own = adapter.guided(start, condition, alone.constants[1], 1.5, compute_all)[:, : alone.channels]
-        assert torch.equal(alone.target(1, start, condition), own)
-    training.refresh(condition, start, noises)
-    alone.refresh(condition, start, noises)
-    assert (training.router.lambdas == alone.router.lambdas).all()
+    other, settings = make_dit(out_channels=4, seed=5), HarmoniCaSettings(beta=1e-3, batch=2)
+    problem = Problem(adapter, table, 1.5, 0, process=None, images=None)
+    taught, alone = Training(replace(problem, teacher=other), settings), Training(problem, settings)
+    condition, start, noises = taught.draw(0)
+    for training, teacher in ((taught, other), (alone, adapter)):
+        with torch.no_grad():
+            want = teacher.guided(start, condition, constants_of(teacher, table)[1], 1.5, compute_all)
+            assert torch.equal(training.target(1, start, condition), want[:, : training.channels])
+        training.refresh(condition, start, noises)
+    assert (taught.router.lambdas == alone.router.lambdas).all()

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hcompress.caching import CACHING
 from hcompress.errors import RecipeError
 from hcompress.recipe import (
-    GOALS,
+    TARGETS,
     QuantRecipe,
     Recipe,
-    _keys,
     dump,
     find,
     first_difference,
@@ -20,10 +20,21 @@ from hcompress.recipe import (
     schema,
     shipped,
 )
+from hcompress.recipe_errors import keys, methods
 
 MODEL = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
-SECTIONS = {key.rpartition(".")[0] for key in _keys(Recipe)} - {""}
-SETTINGS = [key for key in _keys(Recipe) if key not in SECTIONS]
+GOALS = ("caching.beta", *TARGETS)  # of HarmoniCa, which is what a recipe is for unless it says another method
+GOAL_OF = {"deepcache": {}, "faster-diffusion": {"caching.every": 2}}  # the others are given a target
+SETTINGS = {
+    method: [key for key in keys(Recipe, method) if key not in ("solver", "caching", "caching.method")]
+    for method in methods(Recipe)
+}
+EVERY_SETTING = [(method, key) for method, settings in SETTINGS.items() for key in settings]
+
+
+def asked(method):
+    goal = GOAL_OF.get(method, {"caching.target_cur": 0.4})
+    return {"model": "zoo:fashion-dit", "caching.method": method} | goal
 
 
 def value_at(recipe, path):
@@ -76,29 +87,70 @@ def test_a_later_goal_replaces_an_earlier_one(tmp_path, goal):
         assert value_at(recipe, goal) == value
 
 
-@pytest.mark.parametrize("key", SETTINGS)
+def test_the_methods_of_recipes_are_those_there_are():
+    assert methods(Recipe) == list(CACHING)
+
+
+@pytest.mark.parametrize("method", CACHING)
+def test_every_method_resolves_and_reads_back(tmp_path, method):
+    recipe = resolve(None, asked(method))
+    assert recipe.caching.method == method
+    assert read_back(tmp_path, recipe) == recipe
+
+
+@pytest.mark.parametrize("key", sorted({key for _, key in EVERY_SETTING}))
 def test_every_misspelt_setting_is_refused_with_the_right_one(key):
     """A letter lost at the end, two swapped at the front: the nearest key is the one that was meant."""
     section, dot, name = key.rpartition(".")
-    for misspelt in {name[:-1], name[1] + name[0] + name[2:]} - {name}:
-        with pytest.raises(
-            RecipeError, match=f"unknown key '{section}{dot}{misspelt}'; did you mean '{key}'"
-        ) as caught:
-            resolve(None, MODEL, [f"{section}{dot}{misspelt}=1"])
-        assert "\n" not in str(caught.value)
+    for method in (method for method in SETTINGS if key in SETTINGS[method]):
+        for misspelt in {name[:-1], name[1] + name[0] + name[2:]} - {name}:
+            wrong = f"{section}{dot}{misspelt}"
+            with pytest.raises(RecipeError, match=f"unknown key '{wrong}'; did you mean '{key}'") as caught:
+                resolve(None, asked(method), [f"{wrong}=1"])
+            assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", [key for key in SETTINGS if "." in key and not key.endswith(".name")])
+@pytest.mark.parametrize("key", [key for key in SETTINGS["harmonica"] if "." in key and not key.endswith(".name")])
 def test_a_setting_outside_its_section_is_pointed_home(key):
     with pytest.raises(RecipeError, match=f"did you mean '{key}'"):
         resolve(None, MODEL, [f"{key.rpartition('.')[2]}=1"])
 
 
-@pytest.mark.parametrize("key", SETTINGS)
-def test_every_setting_refuses_a_list_by_its_path(key):
-    with pytest.raises(RecipeError, match=rf"^{key} = \[1, 2\] should be ") as caught:
-        resolve(None, MODEL, [f"{key}=[1, 2]"])
+@pytest.mark.parametrize(("method", "key"), EVERY_SETTING)
+def test_every_setting_refuses_a_mapping_by_its_path(method, key):
+    with pytest.raises(RecipeError, match=rf"^{key} = \{{'x': 1\}} should be ") as caught:
+        resolve(None, asked(method), [f"{key}={{x: 1}}"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_of_another_method_says_whose_it_is():
+    with pytest.raises(RecipeError, match=r"'caching\.alpha': method harmonica has no such .* smoothcache have"):
+        resolve(None, MODEL, ["caching.alpha=0.1"])
+    with pytest.raises(RecipeError, match=r"'caching\.target_speedup': method random has no such"):
+        resolve(None, asked("random"), ["caching.target_speedup=1.5"])
+
+
+@pytest.mark.parametrize(("name", "said"), [("smothcache", "did you mean 'smoothcache'"), ("zzz", "choose from: harm")])
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do(name, said):
+    with pytest.raises(RecipeError, match=f"^caching.method = '{name}' does not exist; {said}"):
+        resolve(None, MODEL | {"caching.method": name})
+
+
+def test_another_method_takes_over_the_target_and_nothing_else(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ncaching: {target_cur: 0.3, lr: 0.5, trajectories: 7}\n")
+    recipe = resolve(file, {"caching.method": "smoothcache"})
+    assert recipe == resolve(None, {"model": "m", "caching.method": "smoothcache", "caching.target_cur": 0.3})
+    by_alpha = resolve(file, {"caching.method": "smoothcache", "caching.alpha": 0.1})
+    assert (by_alpha.caching.alpha, by_alpha.caching.target_cur) == (0.1, None)
+
+
+@pytest.mark.parametrize(("steps", "ceiling"), [(20, "10/20 = 0.500"), (7, "3/7 = 0.429")])
+def test_learning_to_cache_reuses_at_most_every_other_step(steps, ceiling):
+    wanted = asked("learning-to-cache") | {"solver.steps": steps}
+    with pytest.raises(RecipeError, match=f"out of reach: every other of {steps} steps .* ceiling is {ceiling}"):
+        resolve(None, wanted | {"caching.target_cur": 0.51})
+    assert resolve(None, wanted | {"caching.target_cur": (steps // 2) / steps})
 
 
 REFUSED = {

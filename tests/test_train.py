@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_to_the_same_schedule_bit_for_bit(model, tmp_path, 
     assert (resumed.logits == uninterrupted.logits).all()
     assert (resumed.compute == uninterrupted.compute).all()
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [record["trajectory"] for record in records] == list(range(1, len(records) + 1))
+    assert [record["round"] for record in records] == list(range(1, len(records) + 1))
     assert len(records) >= 12
 
 

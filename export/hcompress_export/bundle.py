@@ -71,7 +71,8 @@ def export_bundle(
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
     plan = freeze(adapter.graph, compute, widen=widen)
     with _replacing(Path(out)) as folder:
-        graphs, file_of = _write_graphs(folder, trace(adapter, cfg, opset=opset), plan, layout)
+        traced = trace(adapter, cfg, opset=opset, learned_variance=table.learned is not None)
+        graphs, file_of = _write_graphs(folder, traced, plan, layout)
         write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
         if schedule:
             schedule.save(folder / SCHEDULE)
@@ -157,7 +158,8 @@ def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
     steps = {f"step.{name}": torch.cat([row[name] for row in rows]).float().cpu().numpy() for name in rows[0]}
     defaults = {name: one.default for name, one in adapter.conditions.items() if one.default is not None}
     rows_of = {f"condition.{name}": default[None].astype(np.float32) for name, default in defaults.items()}
-    return steps | rows_of | {f"table.{name}": value for name, value in asdict(table).items()}
+    tables = {f"table.{name}": value for name, value in asdict(table).items() if value is not None}
+    return steps | rows_of | tables
 
 
 def _readable(value: Any, depth: int = 0) -> str:

@@ -69,7 +69,7 @@ def drifts(
     calls = trajectory(adapter, table, condition, start, cfg=runtime.bundle.cfg, compute=compute, noises=noises)
     for call, (x, output, slots) in enumerate(calls):
         outputs.append(output)
-        got, written = runtime.step(call, _array(x), rows, held)
+        got, written = runtime.step(call, _array(x), rows, held, [*map(_array, noises)])
         want = {name: slots[index] for index, name in enumerate(adapter.graph.names) if name in written}
         to_numpy = runtime.engines[runtime.bundle.graphs[call]].to_numpy
         found.append(Drift(call, "latent", _relative(chained[call], x)))

@@ -6,7 +6,9 @@ The graph is traced once; `hcompress_export.passes` cuts every step's graph out 
     in   <condition>       such as labels, int64[batch], or prompt_embeds, float32[batch, tokens, width]
     in   step.<constant>   float32[1, ...], everything that derives from the timestep alone; no more precise than dtype
     in   cfg               float32[], the guidance scale; absent where there is no guidance (a scale of 1)
-    out  model_output      float32[batch, C, H, W], after guidance, without the channels of a learned variance
+    in   noise             float32[batch, C, H, W], of the call; where the solver scales it by the learned variance only
+    out  model_output      float32[batch, C, H, W], after guidance, without the channels of a learned variance; with
+                           `noise` scaled by them, as hcompress_runtime.table says
     out  cache.<branch>    dtype[rows tokens, width], before the gate; rows = 2 batch under guidance
 
 dtype is the adapter's. Only the network itself is in it: guidance, softmax and norms are float32 whatever it is.
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hcompress.adapter import Adapter, Condition
-from hcompress.sampling import fill_route
+from hcompress.sampling import fill_route, solver_output
 from hcompress_export.passes import count_by_latent, keep_slots_flat, name_batch, name_weights_by_content
 from hcompress_export.translate import TRANSLATIONS
 from hcompress_runtime.conditions import example
@@ -33,21 +35,32 @@ from hcompress_runtime.conditions import example
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
 
 
-def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET) -> ir.Model:
-    """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided`."""
+def trace(adapter: Adapter, cfg: float, *, opset: int = OPSET, learned_variance: bool = False) -> ir.Model:
+    """The guided denoiser as ONNX, any batch size; the numbers are those of `Adapter.guided`.
+
+    learned_variance: under a solver that scales its noise by the model's own guess
+    """
     device = adapter.device
     latent = torch.zeros(3, *adapter.sample_shape, device=device)  # 3: torch.export takes 0 and 1 for constants
     condition = dict(adapter.condition(example(adapter.conditions, len(latent))))
     constants = {name: value.float() for name, value in adapter.step_constants(torch.zeros(1, device=device)).items()}
-    scale = () if cfg == 1.0 else (torch.tensor(cfg, device=device),)
+    options = {} if cfg == 1.0 else {"cfg": torch.tensor(cfg, device=device)}
+    if learned_variance:
+        options["noise"] = torch.zeros_like(latent)
+        constants |= {name: torch.zeros(1, device=device) for name in ("noise_gain", "noise_slope")}
     batch = {0: torch.export.Dim("batch", min=1, max=1 << 20)}
-    names = ["latent", *condition, *(f"step.{name}" for name in constants), *["cfg"][: len(scale)]]
+    names = ["latent", *condition, *(f"step.{name}" for name in constants), *options]
     with quiet_exporter(), torch.no_grad():
         # Exported here and not inside torch.onnx.export, which silently falls back to a fixed batch size.
         program = torch.export.export(
             _Exposed(adapter).eval(),
-            (latent, condition, constants, *scale),
-            dynamic_shapes=(batch, dict.fromkeys(condition, batch), dict.fromkeys(constants), *(None for _ in scale)),
+            (latent, condition, constants, options),
+            dynamic_shapes=(
+                batch,
+                dict.fromkeys(condition, batch),
+                dict.fromkeys(constants),
+                {name: batch if name == "noise" else None for name in options},
+            ),
         )
         exported = torch.onnx.export(
             program,
@@ -74,13 +87,12 @@ class _Exposed(nn.Module):
         self.adapter = adapter
 
     def forward(
-        self, latent: Tensor, condition: Condition, constants: dict[str, Tensor], cfg: Tensor | None = None
+        self, latent: Tensor, condition: Condition, constants: dict[str, Tensor], options: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
         exposed: dict[int, Tensor] = {}
-        constants = {name: value.to(self.adapter.dtype) for name, value in constants.items()}
-        output = self.adapter.guided(latent, condition, constants, 1.0 if cfg is None else cfg, fill_route(exposed))
-        channels = self.adapter.sample_shape[0]
-        output = output if output.shape[1] == channels else output[:, :channels]
+        rounded = {name: value.to(self.adapter.dtype) for name, value in constants.items()}
+        raw = self.adapter.guided(latent, condition, rounded, options.get("cfg", 1.0), fill_route(exposed))
+        output = solver_output(raw, constants, options.get("noise"), self.adapter.sample_shape[0])
         return output, *(exposed[branch] for branch in sorted(exposed))
 
 

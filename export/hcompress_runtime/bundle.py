@@ -106,7 +106,8 @@ def open_bundle(path: Path | str) -> Bundle:
             graphs=tuple(step["graph"] for step in manifest["steps"]),
             weight_bytes={file: graph["weight_bytes"] for file, graph in manifest["graphs"].items()},
             table=SolverTable(
-                *(constants.pop(f"table.{name}") for name in ("timesteps", "start", "outputs", "noises"))
+                **{name: constants.pop(f"table.{name}") for name in ("timesteps", "start", "outputs", "noises")},
+                learned=constants.pop("table.learned", None),
             ),
             conditions=_conditions(manifest["conditions"], constants),
             constants=constants,

@@ -113,14 +113,20 @@ class Runtime:
         return np.concatenate([self._decoder.run(None, {"latent": samples[i : i + 1]})[0] for i in range(len(samples))])
 
     def step(
-        self, call: int, x: NDArray[np.float32], conditions: Rows, slots: dict[str, SlotValue]
+        self,
+        call: int,
+        x: NDArray[np.float32],
+        conditions: Rows,
+        slots: dict[str, SlotValue],
+        noises: Sequence[NDArray[np.float32]] = (),
     ) -> tuple[NDArray[np.float32], dict[str, SlotValue]]:
         """Model output [B, C, H, W] of one call, and the slots it wrote; brings `slots` up to date.
 
         conditions: of the B samples, complete and contiguous
+        noises:     of the solver, all draws; only a learned variance asks for them here
         """
         plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
-        output, written = engine.infer(self._feeds(call, x, conditions), slots)
+        output, written = engine.infer(self._feeds(call, x, conditions, noises), slots)
         written = {name: written[name] for name in plan.writes}
         slots |= written
         self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
@@ -137,17 +143,21 @@ class Runtime:
         for call in range(table.num_calls):
             x = table.combine(call, start, outputs, noises)
             on_step(call, x)
-            outputs.append(self.step(call, x, conditions, slots)[0])
+            outputs.append(self.step(call, x, conditions, slots, noises)[0])
         x = table.combine(table.num_calls, start, outputs, noises)
         on_step(table.num_calls, x)
         return x
 
-    def _feeds(self, call: int, x: NDArray[np.float32], conditions: Rows) -> Mapping[str, NDArray[Any]]:
+    def _feeds(
+        self, call: int, x: NDArray[np.float32], conditions: Rows, noises: Sequence[NDArray[np.float32]]
+    ) -> Mapping[str, NDArray[Any]]:
         constants = {f"step.{name}": rows[call : call + 1] for name, rows in self.bundle.constants.items()}
         computes = self.bundle.plan.steps[call].computes
         compute = np.array([branch in computes for branch in self.bundle.plan.branches])
         scale = np.array(self.bundle.cfg, np.float32)
-        return {"latent": x, **conditions, "cfg": scale, "compute": compute, **constants}
+        noise = self.bundle.table.noise_of(call, noises)
+        noise = np.zeros_like(x) if noise is None else noise
+        return {"latent": x, **conditions, "cfg": scale, "noise": noise, "compute": compute, **constants}
 
     @staticmethod
     def _check(seed: int, batch: int, first: int) -> None:

@@ -34,7 +34,9 @@ def export(
     trt: Annotated[bool, typer.Option("--trt", help="Build engines too; rtx needs no GPU to build.")] = False,
     flavor: Annotated[str, typer.Option(help="Of engines: trt, rtx, or auto for what is installed.")] = "auto",
     sm: Annotated[list[int] | None, typer.Option(help="GPU to build for, such as 89; repeat for several.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="MODEL only: a file, random:CUR[:SEED] or interval:N.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="MODEL only: a file, random:CUR[:SEED], uniform:CUR or interval:N.")
+    ] = None,
     solver: Annotated[str, typer.Option(help="MODEL only.")] = "ddim",
     steps: Annotated[int, typer.Option(help="MODEL only.")] = 20,
     cfg: Annotated[float, typer.Option(help="MODEL only.")] = 1.5,

@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hcompress.recipe import EfficientDMRecipe, QuantRecipe
+    from hcompress.quant.settings import EfficientDMSettings
+    from hcompress.recipe import QuantRecipe
 
 SHOWN = ("psnr_db", "ssim", "relative_l2", "fd64", "accuracy", "precision", "recall", "megabytes")
 
@@ -59,7 +60,8 @@ def quantize(
     from rich.console import Console
 
     from hcompress.errors import RecipeError
-    from hcompress.recipe import EfficientDMRecipe, find, resolve_quant
+    from hcompress.quant.settings import EfficientDMSettings
+    from hcompress.recipe import find, resolve_quant
     from hcompress.schedule import Schedule
 
     console = Console(stderr=True)
@@ -92,8 +94,8 @@ def quantize(
         return _print_plan(resolved, device, as_json)
     if analyze:
         return _analyze(resolved, out, device, resume, console, as_json)
-    if isinstance(resolved, EfficientDMRecipe):
-        return _distil(resolved, out, resume, device, samples, console, as_json)
+    if isinstance(resolved.quant, EfficientDMSettings):
+        return _distil(resolved, resolved.quant, out, resume, device, samples, console, as_json)
     from hcompress.quantize import quantize as run
     from hcompress.report.quality import against_float
     from hcompress.rundir import RunDir
@@ -127,7 +129,14 @@ def quantize(
 
 
 def _distil(
-    recipe: EfficientDMRecipe, out: Path, resume: bool, device: str, samples: int, console: Console, as_json: bool
+    recipe: QuantRecipe,
+    settings: EfficientDMSettings,
+    out: Path,
+    resume: bool,
+    device: str,
+    samples: int,
+    console: Console,
+    as_json: bool,
 ) -> None:  # fmt: skip
     from hcompress.quantize import quantize as run
     from hcompress.report.progress import StagesDisplay
@@ -143,7 +152,7 @@ def _distil(
         print(f"stopped; all but the last trajectory is in {out}: add --resume to go on", file=sys.stderr)
         raise typer.Exit(130) from None
     figures: dict[str, Any] = {}
-    title = f"{recipe.model}, efficientdm {recipe.quant.resolved_format}, {samples} samples, seed {recipe.seed}"
+    title = f"{recipe.model}, efficientdm {settings.resolved_format}, {samples} samples, seed {recipe.seed}"
     if samples:
         with _bars(console) as bars:
             names = WITH_CACHE if made.schedule else ("float", "quantized")
@@ -153,7 +162,7 @@ def _distil(
                 bars.update(tasks[what], completed=done)
 
             if made.schedule:
-                given = Schedule.load(Path(str(recipe.quant.with_cache)))
+                given = Schedule.load(Path(str(settings.with_cache)))
                 figures = with_cache(made, given, samples, recipe.seed, show)
             else:
                 figures = against_float(made.dense, made.quantized, samples, recipe.seed, show)
@@ -206,8 +215,8 @@ def _print_table(figures: dict[str, Any], title: str) -> None:
 def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
     """Which layers would be quantized, and how large the result would be."""
     from hcompress.quant.selection import select_as
+    from hcompress.quant.settings import EfficientDMSettings
     from hcompress.quantize import open_float, walk_of
-    from hcompress.recipe import EfficientDMRecipe
 
     setting = open_float(recipe, device=device)
     selection = select_as(setting.adapter, recipe.quant)
@@ -222,7 +231,7 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
         "all_weights": setting.adapter.graph.total_params,
         "model_calls": _walks(recipe.quant.method) * setting.table.num_calls * -(-walk.samples // walk.batch),
     }
-    if isinstance(recipe, EfficientDMRecipe):
+    if isinstance(recipe.quant, EfficientDMSettings):
         plan |= {"updates": recipe.quant.updates, "noises_an_update": recipe.quant.batch}
     if as_json:
         print(json.dumps(plan | {"formats": selection.plan()}))

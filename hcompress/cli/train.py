@@ -1,4 +1,4 @@
-"""`hcompress train`: learn when and where a model may reuse."""
+"""`hcompress train`: find out when and where a model may reuse, by any of the caching methods."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
+from hcompress.caching import CACHING
+
 
 def train(
     model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Run folder; schedule.safetensors is left there.", show_default=False)],
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(CACHING)}.", show_default="harmonica")] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, dpm++, unipc, ...")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps T.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    target_cur: Annotated[float | None, typer.Option(help="Steer beta to this cache utilisation ratio.")] = None,
-    target_speedup: Annotated[float | None, typer.Option(help="Steer beta to this ratio of MACs.")] = None,
+    target_cur: Annotated[float | None, typer.Option(help="Cache utilisation ratio to reach.")] = None,
+    target_speedup: Annotated[float | None, typer.Option(help="Ratio of MACs to reach.")] = None,
     beta: Annotated[float | None, typer.Option(help="Fixed beta, the paper's protocol.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder, for learning-to-cache.", show_default="zoo data")] = None,
     seed: Annotated[int | None, typer.Option(help="Of router, noises and labels.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe or a YAML file.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override: caching.lr=0.05")] = None,
@@ -28,7 +32,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Learn a schedule for MODEL with HarmoniCa. Ctrl-C loses nothing; --resume goes on.
+    """Find a schedule for MODEL, learned with HarmoniCa or by another method. Ctrl-C loses nothing; --resume goes on.
 
     Example: hcompress train zoo:fashion-dit --solver ddim --steps 20 --cfg 1.5 --target-cur 0.4 --out runs/first
     """
@@ -41,6 +45,8 @@ def train(
         "solver.steps": steps,
         "cfg": cfg,
         "seed": seed,
+        "caching.method": method,
+        "caching.images": images,
         "caching.beta": beta,
         "caching.target_cur": target_cur,
         "caching.target_speedup": target_speedup,
@@ -58,7 +64,8 @@ def train(
     from hcompress.train import train as run
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
-    display = TrainingDisplay(resolved.caching.trajectories, speaks=speaks)
+    unit = "sweeps" if resolved.caching.method == "learning-to-cache" else "trajectories"
+    display = TrainingDisplay(unit, speaks=speaks)
     try:
         with display:
             schedule = run(
@@ -68,20 +75,22 @@ def train(
                 device=device,
                 on_start=display.start,
                 on_progress=display.show,
+                on_notice=display.notice,
             )
     except KeyboardInterrupt:
-        print(f"stopped; all but the last trajectory is in {out}: add --resume to go on", file=sys.stderr)
+        print(f"stopped; all but the last of the {unit} is in {out}: add --resume to go on", file=sys.stderr)
         raise typer.Exit(130) from None
     if not speaks:
         return
-    method = schedule.method
-    result = {
+    found = schedule.method
+    result: dict[str, Any] = {
         "schedule": str(out / "schedule.safetensors"),
+        "method": found["name"],
         "cur": schedule.cur,
-        "mac_ratio": method["mac_ratio"],
-        "beta": method["final_beta"],
-        "unpolarised": display.last.unpolarised if display.last else None,
-        "score_db": display.score_db,
+        "mac_ratio": found["mac_ratio"],
+        **{name: found[name] for name in ("alpha", "images_used", "images_skipped") if name in found},
     }
+    if display.last:
+        result |= {"beta": found["final_beta"], "unpolarised": display.last.unpolarised, "score_db": display.score_db}
     print(json.dumps(result) if as_json else f"{result['schedule']}  CUR {100 * schedule.cur:.1f} %, "
-          f"MACs / {method['mac_ratio']:.2f}")  # fmt: skip
+          f"MACs / {found['mac_ratio']:.2f}")  # fmt: skip

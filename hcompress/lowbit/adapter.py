@@ -53,6 +53,10 @@ class QuantizedAdapter(Adapter):
         """The original's, and what was quantized how."""
         return self.original.config() | {"quantization": self.plan}
 
+    def scheduler_config(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The original's."""
+        return self.original.scheduler_config(stored)
+
     def step_constants(self, timesteps: Tensor) -> dict[str, Tensor]:
         """The original's, and `activation_scales` [len(timesteps), K], those of the nearest timestep of the grid."""
         constants = self.original.step_constants(timesteps)

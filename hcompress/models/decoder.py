@@ -1,11 +1,14 @@
-"""From latents to pictures: the decoder of the VAE that a latent model came with."""
+"""From latents to pictures, and back: the VAE that a latent model came with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hcompress.errors import ModelError
@@ -30,14 +33,47 @@ class Decoder(nn.Module):
         return decoded
 
 
+class Encoder(nn.Module):
+    """Latents as the denoiser scales them for pictures [B, 3, H, W] in [-1, 1], one draw of each one's distribution.
+
+    scale_down: sides of a picture over those of its latent
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scale_down = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor, noise: Callable[[tuple[int, ...]], NDArray[np.float32]]) -> Tensor:
+        """[B, C, h, w]; `noise` gives unit-variance noise for B latents of a shape [C, h, w]."""
+        latents = self.vae.encode(pictures, return_dict=False)[0]
+        drawn = torch.from_numpy(noise(tuple(latents.mean.shape[1:]))).to(latents.mean)
+        encoded: Tensor = (latents.mean + latents.std * drawn - self.shift) * self.scale
+        return encoded
+
+
 def load_decoder(folder: Path) -> Decoder | None:
     """The decoder in `folder`/vae, float32; None for a model in pixel space. Raises ModelError where it is broken."""
+    vae = _load(folder)
+    return None if vae is None else Decoder(vae)
+
+
+def load_encoder(folder: Path) -> Encoder | None:
+    """The encoder in `folder`/vae, likewise."""
+    vae = _load(folder)
+    return None if vae is None else Encoder(vae)
+
+
+def _load(folder: Path) -> Any:
     if not (folder / "vae").is_dir():
         return None
     from diffusers import AutoencoderKL
 
     try:
-        return Decoder(AutoencoderKL.from_pretrained(str(folder / "vae"), torch_dtype=torch.float32))
+        return AutoencoderKL.from_pretrained(str(folder / "vae"), torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"the VAE in {folder / 'vae'} cannot be read ({reason}); download or copy it again") from error

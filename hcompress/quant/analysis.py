@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hcompress.adapter import Adapter
 from hcompress.quant.build import build
-from hcompress.quant.calibration import Walk, observe
+from hcompress.quant.calibration import Draw, Walk, observe
 from hcompress.quant.selection import Selection
 from hcompress.sampling import constants_of, trajectory
 
@@ -50,19 +51,17 @@ def analyze(
     timesteps = torch.from_numpy(walk.table.timesteps)
     calls = sorted(set(np.linspace(0, walk.table.num_calls - 1, CALLS).round().astype(int).tolist()))
     batch = next(walk.draws(adapter))
-    path = list(trajectory(adapter, walk.table, batch.condition, batch.start, cfg=walk.cfg, noises=batch.noises))
-    channels = adapter.sample_shape[0]
+    path = trajectory(adapter, walk.table, batch.condition, batch.start, cfg=walk.cfg, noises=batch.noises)
+    states = {call: x for call, (x, _, _) in enumerate(path) if call in calls}
+    want = {call: _guided(adapter, walk, batch, call, x) for call, x in states.items()}
     errors: dict[str, float] = {}
     for done, layer in enumerate(selection.layers):
         alone, columns = only(selection, layer.name)
         quantized = build(adapter, alone, seen.amax[:, columns], timesteps, {"name": "analysis"})
-        constants = constants_of(quantized, walk.table)
         shares = []
-        with torch.no_grad():
-            for call in calls:
-                x, output, _ = path[call]
-                ours = quantized.guided(x, batch.condition, constants[call], walk.cfg)[:, :channels]
-                shares.append(((ours - output).square().sum() / output.square().sum()).item())
+        for call, x in states.items():
+            off = (_guided(quantized, walk, batch, call, x) - want[call]).square().sum()
+            shares.append((off / want[call].square().sum()).item())
         errors[layer.name] = statistics.fmean(shares)
         on_layer(done + 1, len(selection.layers))
     limit = OUTLIER * statistics.median(errors.values())
@@ -77,6 +76,13 @@ def analyze(
         for name, error in errors.items()
     ]
     return sorted(found, key=lambda one: -one.error)
+
+
+@torch.no_grad()
+def _guided(adapter: Adapter, walk: Walk, batch: Draw, call: int, x: Tensor) -> Tensor:
+    """The guided output at `call` on state x, without a learned variance."""
+    constants = constants_of(adapter, walk.table)[call]
+    return adapter.guided(x, batch.condition, constants, walk.cfg)[:, : adapter.sample_shape[0]]
 
 
 def only(selection: Selection, name: str) -> tuple[Selection, list[int]]:

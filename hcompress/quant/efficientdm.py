@@ -45,7 +45,7 @@ from hcompress.quant.calibration import Draw, Seen, Walk, draw, least_error, obs
 from hcompress.quant.qalora import QALoRALinear
 from hcompress.quant.selection import Selection, select_as
 from hcompress.quant.settings import EfficientDMSettings
-from hcompress.sampling import Slots, constants_of, sample
+from hcompress.sampling import Slots, constants_of, sample, solver_output
 
 DISTILLATION_STREAMS, SCORING_STREAMS = 1 << 35, 1 << 36  # sample numbers that nothing else reaches
 SCORING_PERIOD = 20  # trajectories
@@ -73,14 +73,14 @@ def efficientdm(
 
 @dataclass(frozen=True)
 class Progress:
-    """What one trajectory did.
+    """What one round, a trajectory, did.
 
     loss is the mean of its calls; where they are weighted, the share of the error before training. score_db is the
     signal-to-noise ratio of the quantized model's samples, under the schedule where there is one, the float model's
     uncached ones being the signal, on held-out noise; None between scorings.
     """
 
-    trajectory: int
+    round: int
     loss: float
     rate: float
     score_db: float | None
@@ -184,11 +184,12 @@ class Distillation:
         return 1 - (self.trajectory * calls + call) / (self.trajectories * calls)
 
     def denoise(self, adapter: Adapter, call: int, x: Tensor, batch: Draw, route: Route) -> Tensor:
-        """Guided output [B, C, H, W] at `call`; a learned variance is no part of the trajectory and is left out."""
+        """What the solver goes by at `call`, [B, C, H, W]; a learned variance counts only where the solver uses it."""
         constants: Mapping[str, Tensor] = self.constants[call]
         if adapter is self.student:
             constants = {**constants, SCALES: self.rows[self.row_of_call[call]].exp()[None]}
-        return adapter.guided(x, batch.condition, constants, self.walk.cfg, route)[:, : self.channels]
+        raw = adapter.guided(x, batch.condition, constants, self.walk.cfg, route)
+        return solver_output(raw, constants, self.table.noise_of(call, batch.noises), self.channels)
 
     def score(self) -> float:
         """Signal-to-noise ratio (dB) of the student's samples, the teacher's being the signal, on held-out noise."""

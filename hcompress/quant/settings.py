@@ -104,5 +104,5 @@ class EfficientDMSettings(QuantSettings):
         return self
 
 
-Quant = PtqSettings | EfficientDMSettings
+Quant = Annotated[PtqSettings | EfficientDMSettings, Field(discriminator="method")]
 """What the `quant:` section may be."""

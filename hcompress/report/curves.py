@@ -1,4 +1,4 @@
-"""A training run as a picture: CUR, error, beta and hard score over trajectories."""
+"""A training run as a picture: CUR, error, beta and hard score over rounds (trajectories, sweeps)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def save_training_curves(records: Sequence[dict[str, Any]], path: Path, target_c
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    steps = [record["trajectory"] for record in records]
+    steps = [record["round"] for record in records]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     left.plot(steps, [100 * r["hard_cur"] for r in records], label="hard (deployed)")
     left.plot(steps, [100 * r["expected_cur"] for r in records], label="expected (soft)")
@@ -26,11 +26,11 @@ def save_training_curves(records: Sequence[dict[str, Any]], path: Path, target_c
     middle.semilogy(steps, [r["mse"] for r in records], label="mean squared error")
     middle.semilogy(steps, [r["beta"] for r in records], label="beta")
     middle.legend(fontsize=8)
-    scored = [(r["trajectory"], r["score_db"]) for r in records if r["score_db"] is not None]
+    scored = [(r["round"], r["score_db"]) for r in records if r["score_db"] is not None]
     right.plot([s for s, _ in scored], [db for _, db in scored], marker="o")
     right.set_ylabel("hard schedule against uncached (dB)")
     for axes in (left, middle, right):
-        axes.set_xlabel("trajectory")
+        axes.set_xlabel("round")
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

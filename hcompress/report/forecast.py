@@ -1,4 +1,4 @@
-"""What a training run will take, worked out before it starts: `hcompress train --dry-run`."""
+"""What a run of a caching method will take, worked out before it starts: `hcompress train --dry-run`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,60 @@ from typing import Any
 
 import numpy as np
 
+from hcompress.caching import CACHING
+from hcompress.caching.settings import HarmoniCaSettings, LearningToCacheSettings, SmoothCacheSettings
 from hcompress.recipe import Recipe
-from hcompress.setting import setting_of
+from hcompress.setting import Setting, setting_of
+from hcompress.train import problem_of
 
 
 def forecast(recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
-    """Model calls, slots and bytes of a run. An update costs a teacher call, a student call and its input gradient."""
+    """Model calls, slots and bytes of a run, and the most that its method may reuse; of a rule, what it comes to."""
     setting = setting_of(recipe, device=device)
     graph, calls, settings = setting.adapter.graph, setting.table.num_calls, recipe.caching
-    rows = settings.batch * (1 if recipe.cfg == 1.0 else 2)
-    refreshes = math.ceil(settings.trajectories / max(1, settings.refresh // calls))
-    laziest = np.zeros((calls, len(graph)), bool)  # the most that may be reused: all but the first call
-    laziest[0] = True
-    elements = sum(math.prod(branch.shape) for branch in graph.branches)
+    reusing, _ = settings.reusing_steps(calls)
+    laziest = np.zeros((calls, len(graph)), bool)  # the most that may be reused
+    laziest[: calls - reusing] = True
+    work = _work(recipe, setting)
     return {
         "model": recipe.model,
         "solver": f"{setting.identity.solver['class']}, {recipe.solver.steps} steps, {calls} calls",
+        "method": settings.method,
         "branches": len(graph),
-        "router_logits": calls * len(graph),
-        "updates": settings.trajectories * (calls - 1),
-        "updates_per_row": settings.trajectories,
-        "refreshes": refreshes,
-        "model_calls": settings.trajectories * (3 * calls - 2) + refreshes * (calls + calls * (calls - 1) // 2),
-        "rows_per_call": rows,
-        "slot_bytes": elements * rows * 4,
+        "entries": calls * len(graph),
+        **work,
+        "slot_bytes": sum(math.prod(branch.shape) for branch in graph.branches) * work["rows_per_call"] * 4,
         "macs_dense": graph.call_macs,
         "highest_cur": float(1 - laziest.mean()),
         "highest_mac_ratio": graph.mac_ratio(laziest),
     }
+
+
+def _work(recipe: Recipe, setting: Setting) -> dict[str, Any]:
+    """What the method will do. An input gradient counts as a model call; rules make none."""
+    settings, calls, passes = recipe.caching, setting.table.num_calls, 1 if recipe.cfg == 1.0 else 2
+    match settings:
+        case HarmoniCaSettings():
+            refreshes = math.ceil(settings.trajectories / max(1, settings.refresh // calls))
+            return {
+                "updates": settings.trajectories * (calls - 1),
+                "updates_per_row": settings.trajectories,
+                "refreshes": refreshes,
+                # teacher, student and gradient an update; a full call a trajectory
+                "model_calls": settings.trajectories * (3 * calls - 2) + refreshes * (calls + calls * (calls - 1) // 2),
+                "rows_per_call": settings.batch * passes,
+            }
+        case LearningToCacheSettings():
+            updates = settings.sweeps * (calls // 2)
+            return {
+                "updates": updates,
+                "updates_per_row": settings.sweeps,
+                "images_drawn": updates * settings.batch,
+                "model_calls": 4 * updates,  # the call that fills the slots, teacher, student and gradient
+                "rows_per_call": settings.batch,
+            }
+        case SmoothCacheSettings():
+            return {"samples": settings.samples, "model_calls": calls, "rows_per_call": settings.samples * passes}
+    found = CACHING[settings.method](problem_of(setting, recipe.seed), settings).found().compute
+    reached = {"cur": float(1 - found.mean()), "mac_ratio": setting.adapter.graph.mac_ratio(found)}
+    return {"model_calls": 0, "rows_per_call": 0, **reached}

@@ -9,17 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hcompress.caching.harmonica import Progress as Trajectory
+from hcompress.caching.problem import Method
+from hcompress.caching.problem import Progress as Round
 from hcompress.setting import Setting
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
 class TrainingDisplay:
-    """Shows each trajectory's loss, CUR, beta and time left; keeps the last figures."""
+    """Shows each round's loss, CUR, beta and time left; keeps the last figures. `unit` is what a round is called."""
 
-    def __init__(self, trajectories: int, *, speaks: bool = True) -> None:
-        self.trajectories = trajectories
+    def __init__(self, unit: str, *, speaks: bool = True) -> None:
+        self.unit, self.rounds = unit, 0
         self.console = Console(stderr=True, quiet=not speaks)
         self.bar = Progress(
             TextColumn("training"),
@@ -30,8 +31,8 @@ class TrainingDisplay:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=trajectories, figures="")
-        self.last: Trajectory | None = None
+        self.task = self.bar.add_task("", total=None, figures="", visible=False)
+        self.last: Round | None = None
         self.score_db: float | None = None
         self.printed = 0.0
 
@@ -44,26 +45,28 @@ class TrainingDisplay:
     ) -> None:
         self.bar.stop()
 
-    def start(self, setting: Setting, done: int) -> None:
-        """Called once the model is open; `done` trajectories came from a checkpoint."""
+    def start(self, setting: Setting, method: Method) -> None:
+        """Called once the model is open; `method.done` rounds came from a checkpoint."""
         graph, calls = setting.adapter.graph, setting.table.num_calls
-        self.console.print(
-            f"{setting.model.name}: {len(graph)} branches x {calls} calls, "
-            + (f"resuming after {done} trajectories" if done else f"{self.trajectories} trajectories"),
-            highlight=False,
-        )
-        self.bar.update(self.task, completed=done)
+        self.rounds = method.rounds
+        going = f", resuming after {method.done} {self.unit}" if method.done else f", {self.rounds} {self.unit}"
+        self.notice(f"{setting.model.name}: {len(graph)} branches x {calls} calls" + (going if self.rounds else ""))
+        self.bar.update(self.task, completed=method.done, total=self.rounds, visible=bool(self.rounds))
 
-    def show(self, progress: Trajectory) -> None:
-        """One more trajectory is done."""
+    def notice(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, progress: Round) -> None:
+        """One more round is done."""
         self.last = progress
         self.score_db = progress.score_db if progress.score_db is not None else self.score_db
         figures = _router_figures(progress) + _score(self.score_db)
-        self.bar.update(self.task, completed=progress.trajectory, figures=figures)
-        finished = progress.trajectory == self.trajectories
+        self.bar.update(self.task, completed=progress.round, figures=figures)
+        finished = progress.round == self.rounds
         if not self.console.is_terminal and (finished or time.monotonic() - self.printed > PLAIN_SECONDS):
             self.printed = time.monotonic()
-            self.console.print(f"{progress.trajectory}/{self.trajectories}  {figures}", highlight=False, soft_wrap=True)
+            self.console.print(f"{progress.round}/{self.rounds}  {figures}", highlight=False, soft_wrap=True)
 
 
 class StagesDisplay:
@@ -99,17 +102,17 @@ class StagesDisplay:
             self.tasks[stage] = self.bar.add_task(stage, total=trajectories, figures="")
         score = progress.score_db if progress.score_db is not None else self.score_db.get(stage)
         self.score_db[stage] = score
-        figures = _router_figures(progress) if isinstance(progress, Trajectory) else f"loss {progress.loss:.2e}"
+        figures = _router_figures(progress) if isinstance(progress, Round) else f"loss {progress.loss:.2e}"
         figures += _score(score)
-        self.bar.update(self.tasks[stage], completed=progress.trajectory, figures=figures)
-        ended = progress.trajectory >= trajectories
+        self.bar.update(self.tasks[stage], completed=progress.round, figures=figures)
+        ended = progress.round >= trajectories
         if not self.console.is_terminal and (ended or time.monotonic() - self.printed > PLAIN_SECONDS):
             self.printed = time.monotonic()
-            line = f"{stage} {progress.trajectory}/{trajectories}  {figures}"
+            line = f"{stage} {progress.round}/{trajectories}  {figures}"
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _router_figures(progress: Trajectory) -> str:
+def _router_figures(progress: Round) -> str:
     return (
         f"loss {progress.loss:.2e}  CUR {100 * progress.hard_cur:.1f} % (soft {100 * progress.expected_cur:.1f})  "
         f"beta {progress.beta:.1e}  undecided {100 * progress.unpolarised:.0f} %"

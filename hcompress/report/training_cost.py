@@ -47,10 +47,13 @@ def _measure(recipe: Recipe, frozen: bool, iterations: int, sender: Any) -> None
     import torch
 
     from hcompress.caching.harmonica import Training
+    from hcompress.caching.settings import HarmoniCaSettings
     from hcompress.setting import setting_of
+    from hcompress.train import problem_of
 
     setting = setting_of(recipe)
-    training = Training(setting.adapter, setting.table, recipe.cfg, recipe.caching, recipe.seed)
+    assert isinstance(recipe.caching, HarmoniCaSettings)
+    training = Training(problem_of(setting, recipe.seed), recipe.caching)
     training.router.lambdas[1:] = 1.0
     if not frozen:
         setting.adapter.requires_grad_(True)

@@ -23,18 +23,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.adapter import Condition, Route
-from hcompress.caching.harmonica.router import soft_route
+from hcompress.caching.problem import TINY
+from hcompress.caching.router import soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.sampling import Slots, fill_route
 from hcompress_runtime.table import SolverTable
-
-TINY = 1e-20  # least mean squared error by which anything is divided
 
 
 class Denoiser(Protocol):
     """The guided network at one call."""
 
-    def __call__(self, call: int, x: Tensor, condition: Condition, route: Route) -> Tensor:
+    def __call__(self, call: int, x: Tensor, condition: Condition, route: Route, noises: list[Tensor]) -> Tensor:
         """Output [B, C, H, W]."""
 
 
@@ -56,7 +55,7 @@ def measure(
     def advance(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> list[Tensor]:
         x = table.combine(call, start, outputs, noises)
         route = soft_route(rows[call], keep[call], slots) if routed else fill_route(slots)
-        return [*outputs, denoise(call, x, condition, route)]
+        return [*outputs, denoise(call, x, condition, route, noises)]
 
     def finish(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> Tensor:
         for later in range(call, calls):

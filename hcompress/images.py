@@ -1,0 +1,210 @@
+"""Real images for the methods that need them: a folder of anybody's, or the data of a zoo model.
+
+A folder may hold images directly, which then have no class, or one sub-folder a class: named by the class's number, or
+as many as there are classes, in alphabetical order (torchvision's ImageFolder). Images are cut and scaled to the
+model's size (ADM's centre crop). A file that cannot be read is named, counted, and replaced by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from hcompress.caching.problem import TRAINING_STREAMS
+from hcompress.errors import DataError
+from hcompress.models.decoder import Encoder, load_encoder
+from hcompress.setting import Setting
+from hcompress.zoo.fashion import load_fashion
+from hcompress_runtime.noise import gaussian
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+FLIP, LATENT_DRAW = 2, 1  # uses of chance, beside those of caching.problem and learning_to_cache
+
+
+class Source(Protocol):
+    """Pictures of one size, by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def picture(self, index: int) -> NDArray[np.float32]:
+        """float32[C, H, W] in [-1, 1]. Raises one of UNREADABLE."""
+
+    def name(self, index: int) -> str:
+        """For people."""
+
+    def label(self, index: int) -> int | None:
+        """Its class, None where that is unknown."""
+
+
+@final
+@dataclass(frozen=True)
+class Arrays:
+    """Pictures float32[n, C, H, W] in [-1, 1] and their classes int64[n], in memory."""
+
+    pixels: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def picture(self, index: int) -> NDArray[np.float32]:
+        """float32[C, H, W]."""
+        return self.pixels[index]
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
+    def label(self, index: int) -> int | None:
+        """Its class."""
+        return int(self.labels[index])
+
+
+# What a zoo model was trained on.
+ZOO_DATA: dict[str, Callable[[], Source]] = {"zoo:fashion-dit": lambda: Arrays(*load_fashion("train"))}
+
+
+@final
+class Folder:
+    """The images in a folder and all below it.
+
+    size: of a picture's sides; channels: 1 or 3; classes: of the model, None where it knows no labels
+
+    Raises DataError where there are none, or sub-folders that do not fit the classes.
+    """
+
+    def __init__(self, folder: Path, size: int, channels: int, classes: int | None) -> None:
+        self.size, self.mode = size, "L" if channels == 1 else "RGB"
+        if not folder.is_dir():
+            raise DataError(f"no folder {folder}; pass --images a folder that holds images")
+        self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}); pass another --images")
+        groups = {file.relative_to(folder).parts[0] for file in self.files if file.parent != folder}
+        self.labels: list[int | None] = [None] * len(self.files)
+        if classes is not None and groups:
+            numbers = _class_numbers(sorted(groups), classes, folder)
+            self.labels = [numbers.get(file.relative_to(folder).parts[0]) for file in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def picture(self, index: int) -> NDArray[np.float32]:
+        """float32[C, size, size]."""
+        with Image.open(self.files[index]) as image:
+            pixels = np.asarray(_centre(image.convert(self.mode), self.size), np.float32)
+        return np.atleast_3d(pixels).transpose(2, 0, 1) / 127.5 - 1.0
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return str(self.files[index])
+
+    def label(self, index: int) -> int | None:
+        """The number of its sub-folder's class."""
+        return self.labels[index]
+
+
+@final
+class ImageStream:
+    """A source as Images of hcompress.caching: shuffled anew for each epoch, mirrored by chance, encoded to latents."""
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        encoder: Encoder | None,
+        device: torch.device,
+        on_broken: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.source, self.seed, self.encoder, self.device = source, seed, encoder, device
+        self.broken: list[str] = []
+        self.on_broken = on_broken
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    @property
+    def count(self) -> int:
+        """How many different images there are."""
+        return len(self.source)
+
+    def batch(self, first: int, count: int, *, flip: bool) -> tuple[Tensor, list[int] | None]:
+        """Images `first` .. as samples [count, C, H, W], and their classes, None where one of them has none."""
+        streams = range(TRAINING_STREAMS + first, TRAINING_STREAMS + first + count)
+        pictures, labels = [], []
+        for number, stream in enumerate(streams, start=first):
+            picture, label = self._readable(number)
+            chance = np.random.Generator(np.random.Philox(key=(self.seed, stream), counter=(0, 0, FLIP, 0)))
+            pictures.append(picture[:, :, ::-1] if flip and chance.random() < 0.5 else picture)
+            labels.append(label)
+        samples = torch.from_numpy(np.stack(pictures)).to(self.device)
+        if self.encoder is not None:
+            samples = self.encoder(samples, lambda shape: gaussian(self.seed, streams, shape, draw=LATENT_DRAW))
+        known = [label for label in labels if label is not None]
+        return samples, known if len(known) == count else None
+
+    def _readable(self, number: int) -> tuple[NDArray[np.float32], int | None]:
+        """Image `number` of the endless order, or the next that can be read."""
+        total = len(self.source)
+        epoch, at = divmod(number, total)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(total)
+        for later in range(total):
+            index = int(self._order[(at + later) % total])
+            try:
+                return self.source.picture(index), self.source.label(index)
+            except UNREADABLE as error:
+                name = self.source.name(index)
+                if name not in self.broken:
+                    self.broken.append(name)
+                    self.on_broken(f"{name} cannot be read ({type(error).__name__}): skipped")
+        raise DataError(f"none of {total} images can be read; the first is {self.source.name(0)}")
+
+
+def open_images(
+    setting: Setting, seed: int, folder: str | None, on_broken: Callable[[str], object] = lambda line: None
+) -> ImageStream:
+    """The images in `folder`, or the zoo data of the setting's model, as samples of it. Raises DataError."""
+    model, adapter = setting.model, setting.adapter
+    if folder is None:
+        if model.name not in ZOO_DATA:
+            raise DataError(f"{model.name} comes with no images; pass --images FOLDER, what it was trained on or alike")
+        return ImageStream(ZOO_DATA[model.name](), seed, None, adapter.device, on_broken)
+    encoder = load_encoder(model.folder)
+    channels, size, _ = adapter.sample_shape
+    if encoder is not None:
+        encoder.to(adapter.device)
+        channels, size = 3, size * encoder.scale_down
+    labels = adapter.conditions.get("labels")
+    source = Folder(Path(folder), size, channels, labels.classes if labels else None)
+    return ImageStream(source, seed, encoder, adapter.device, on_broken)
+
+
+def _class_numbers(groups: Sequence[str], classes: int, folder: Path) -> dict[str, int]:
+    """The class of each sub-folder."""
+    if all(name.isdecimal() and int(name) < classes for name in groups):
+        return {name: int(name) for name in groups}
+    if len(groups) == classes:
+        return {name: number for number, name in enumerate(groups)}
+    raise DataError(
+        f"{folder} has {len(groups)} sub-folders ({groups[0]}, ...) but this model has {classes} classes; name them by "
+        f"number, 0 to {classes - 1}, or put the images into {folder} itself to train without classes"
+    )
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """The middle of an image, `size` x `size`: halved while it is large, then bicubic (ADM, image_datasets.py)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
