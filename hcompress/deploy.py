@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hcompress.errors import InputError
-from hcompress.lowbit.artefact import network_bytes
+from hcompress.errors import InputError, ScheduleError
+from hcompress.lowbit.artefact import FILE, network_bytes, read_origin
 from hcompress.models.decoder import load_decoder
 from hcompress.rundir import RunDir, own_flags
 from hcompress.schedule import Schedule
@@ -69,6 +69,19 @@ def check_engines(flavor: str, layout: str, sms: Sequence[int]) -> str:
     return {"trt": "tensorrt", "rtx": "rtx"}[chosen.name]
 
 
+def check_made_for(setting: Setting, schedule: Schedule | None) -> None:
+    """Raise ScheduleError where the step sizes of a quantized model were learned under another schedule."""
+    file = Path(setting.model.name) / FILE
+    if schedule is None or not file.is_file():
+        return
+    made_for = read_origin(file).schedule
+    if made_for not in (None, schedule.fingerprint):
+        raise ScheduleError(
+            f"the step sizes of {setting.model.name} were learned under schedule {str(made_for)[:12]}, not under this "
+            f"one ({schedule.fingerprint[:12]}); export {setting.model.name} itself, or quantize --with-cache for this"
+        )
+
+
 @dataclass(frozen=True)
 class Decision:
     """A layout and the schedule that goes into it.
@@ -104,6 +117,7 @@ def decide(
     Raises InputError where layout or precision do not exist or nothing fits into the budget, ScheduleError for
     `max_graphs`.
     """
+    check_made_for(setting, schedule)
     if dtype not in ITEM_BYTES:
         raise InputError(f"there is no precision {dtype!r}; choose from: {', '.join(ITEM_BYTES)}")
     graph, given_up = setting.adapter.graph, 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 import torch
 
 from hcompress.adapter import Adapter
+from hcompress.distil import Report, distil
 from hcompress.errors import ModelError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import FILE, Origin, load_quantized, read_origin, save_quantized
 from hcompress.models.loading import load_model
 from hcompress.quant import QUANTIZERS
 from hcompress.quant.calibration import Walk
-from hcompress.quant.settings import Quant
+from hcompress.quant.settings import EfficientDMSettings, Quant
 from hcompress.recipe import QuantRecipe, SolverSettings, resolve_quant
 from hcompress.rundir import RunDir, environment, open_run
 from hcompress.schedule import Schedule
@@ -26,10 +26,16 @@ from hcompress.solver import make_scheduler, probe, solver_identity
 
 @dataclass(frozen=True)
 class Quantized:
-    """A model before and after, under one solver and guidance."""
+    """A model before and after, under one solver and guidance.
+
+    schedule: that the result was made for, and fits it
+    first:    where there is one, the model as it was when it ran under the float model's schedule
+    """
 
     dense: Setting
     quantized: Setting
+    schedule: Schedule | None = None
+    first: Setting | None = None
 
 
 def walk_of(setting: Setting, settings: Quant, seed: int, schedule: Schedule | None = None) -> Walk:
@@ -58,19 +64,27 @@ def quantize(
     schedule: Schedule | None = None,
     on_start: Callable[[Setting, int], None] = lambda setting, calls: None,
     on_call: Callable[[int], None] = lambda done: None,
+    on_progress: Report = lambda stage, trajectories, progress: None,
 ) -> Quantized:
-    """Quantize as `recipe` says and leave `out`/quantized.safetensors. With `resume`, a finished one is opened.
+    """Quantize as `recipe` says and leave `out`/quantized.safetensors. With `resume`, it goes on or is opened.
 
-    schedule: of the float model, whose mask the calibration runs under; None: uncached
-    on_start: gets the opened setting and the number of model calls of one walk, `on_call` how many are done
+    schedule:    of the float model, whose mask the calibration runs under; None: uncached, or that of the recipe
+    on_start:    gets the opened setting and the number of model calls of one walk, `on_call` how many are done
+    on_progress: told of each trajectory of a method that is trained
+
+    A recipe with a schedule of its own (`with_cache`) leaves `out`/schedule.safetensors too.
 
     Raises RunError where `out` cannot be used, ScheduleError for a schedule of another model, ModelError, RecipeError.
     """
-    setting = open_float(recipe, device=device)
+    setting, settings = open_float(recipe, device=device), recipe.quant
+    if isinstance(settings, EfficientDMSettings) and settings.with_cache:
+        schedule = Schedule.load(Path(settings.with_cache))
     if schedule is not None:
         schedule.check_fits(setting.adapter.graph, setting.identity)
     run = open_run(out, recipe, resume=resume)
-    settings = recipe.quant
+    if isinstance(settings, EfficientDMSettings):
+        on_start(setting, 0)
+        return _distil(setting, settings, recipe.seed, run, schedule, on_progress)
     walk = walk_of(setting, settings, recipe.seed, schedule)
     on_start(setting, setting.table.num_calls * -(-walk.samples // walk.batch))
     if resume and run.quantized.is_file():
@@ -82,10 +96,24 @@ def quantize(
     return Quantized(setting, with_adapter(setting, adapter, str(out)))
 
 
+def _distil(
+    setting: Setting, settings: EfficientDMSettings, seed: int, run: RunDir, given: Schedule | None, report: Report
+) -> Quantized:
+    """Stages that are finished are not run again: of a finished run this opens the result."""
+    made = distil(setting, settings, seed, run, given, report)
+    if not run.quantized.is_file():
+        if made.schedule is not None:
+            made.schedule.save(run.schedule)
+        origin = origin_of(setting, made.adapter, made.schedule)
+        save_quantized(made.adapter, setting.adapter, origin, run.quantized, active=made.active)
+    result, first = (with_adapter(setting, adapter, str(run.path)) for adapter in (made.adapter, made.first))
+    return Quantized(setting, result, made.schedule, first if made.schedule else None)
+
+
 def origin_of(setting: Setting, adapter: QuantizedAdapter, schedule: Schedule | None = None) -> Origin:
     """Where `adapter` comes from: the float model of `setting`, under `schedule`."""
-    digest = None if schedule is None else hashlib.sha256(schedule.compute.tobytes()).hexdigest()
-    return Origin(setting.identity, adapter.plan, environment()["packages"], digest)
+    fingerprint = None if schedule is None else schedule.fingerprint
+    return Origin(setting.identity, adapter.plan, environment()["packages"], fingerprint)
 
 
 def with_adapter(setting: Setting, adapter: Adapter, name: str) -> Setting:

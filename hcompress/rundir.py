@@ -3,7 +3,7 @@
 RUN/recipe.yaml            the resolved recipe; its presence makes the folder a run
 RUN/env.json               versions and hardware at the start
 RUN/metrics.jsonl          one JSON object a line, in order
-RUN/checkpoint.pt          all that a resumed run needs, replaced atomically
+RUN/checkpoint.pt          all that a resumed run needs, replaced atomically; of a stage RUN/STAGE.pt
 RUN/schedule.safetensors   the result of training
 RUN/heatmap.png            and a picture of it
 RUN/quantized.safetensors  the result of quantizing, which makes the folder a MODEL

@@ -7,6 +7,7 @@ Rows count executed model calls: row 0 runs first, at the largest noise, and alw
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,6 +98,11 @@ class Schedule:
     def cur(self) -> float:
         """Cache utilisation ratio: reused share of all T N entries, the first call included (HarmoniCa, section 4)."""
         return float(1.0 - self.compute.mean())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of which branches are computed when: equal for two schedules that run alike."""
+        return hashlib.sha256(self.compute.tobytes()).hexdigest()
 
     def check_fits(self, graph: BranchGraph, identity: Identity) -> None:
         """Raise ScheduleError unless this schedule was made for this network, these weights, this solver and T.

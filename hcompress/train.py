@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +18,13 @@ from torch import Tensor
 from hcompress import process
 from hcompress.caching import CACHING
 from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
-from hcompress.errors import RunError
+from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.images import open_images
 from hcompress.recipe import Recipe
 from hcompress.report.heatmap import save_heatmap
 from hcompress.rundir import RunDir, open_run
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of
-from hcompress_runtime.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,14 @@ def train(
     setting = setting_of(recipe, device=device)
     method = CACHING[recipe.caching.method](problem_of(setting, recipe.seed, ranks, on_notice), recipe.caching)
     if resume and run.checkpoint.exists():
-        method.restore(_read_checkpoint(run.checkpoint))
+        method.restore(read_checkpoint(run.checkpoint))
     if writes:
         run.rewind(method.done)
     on_start(setting, method)
     for progress in method.run():
         if writes:
             run.log(asdict(progress))
-            _write_checkpoint(run.checkpoint, method.state())
+            write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
     found = method.found()
     schedule = _schedule(recipe, setting, found)
@@ -131,14 +129,3 @@ def _schedule(recipe: Recipe, setting: Setting, found: Found) -> Schedule:
         "mac_ratio": graph.mac_ratio(found.compute),
     }
     return Schedule(found.compute, graph.names, setting.identity, history, found.logits)
-
-
-def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged zip; all mean the same to a user
-        raise RunError(f"{path} cannot be read ({type(error).__name__}); delete it to start over") from error

@@ -21,7 +21,7 @@ from hcompress.lowbit.artefact import Origin, load_quantized, network_bytes, rea
 from hcompress.lowbit.linear import QuantLinear
 from hcompress.quant import QUANTIZERS
 from hcompress.quant.calibration import Walk, draw
-from hcompress.quant.settings import PtqSettings
+from hcompress.quant.settings import EfficientDMSettings, PtqSettings, Quant
 from hcompress.sampling import sample, trajectory
 from hcompress.schedule import Schedule
 
@@ -39,10 +39,16 @@ class Case:
     quantized: QuantizedAdapter
 
 
+def settings_of(method: str) -> Quant:
+    if method == "efficientdm":
+        return EfficientDMSettings(updates=10, batch=1, rank=2)
+    return PtqSettings(method=method)
+
+
 def quantize(method: str, family: str, seed: int = 0) -> Case:
     base = FAMILIES[family]()
     walk = Walk(make_table()[0], CFG, samples=4, batch=2, seed=seed)
-    return Case(base, walk, QUANTIZERS[method](base, walk, PtqSettings(method=method)))
+    return Case(base, walk, QUANTIZERS[method](base, walk, settings_of(method)))
 
 
 case = cache(quantize)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hcompress.caching.problem import Problem
 from hcompress.caching.router import soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.models.dit import DiT
-from hcompress.sampling import fill_route
+from hcompress.sampling import constants_of, fill_route
 from hcompress.solver import probe
 
 CALLS, BRANCHES = 4, 4
@@ -193,3 +195,26 @@ def test_steering_by_macs_reaches_the_speedup(tiny_dit):
     training = training_of(tiny_dit, make_table(calls=6)[0], target_speedup=1.5, **STEERED)
     run(training)
     assert abs(1 / tiny_dit.graph.mac_ratio(training.router.hard()) - 1 / 1.5) <= ENTRIES
+
+
+def test_a_router_may_start_from_logits_and_keeps_its_first_row_pinned(adapter, table):
+    first = np.linspace(-3, 3, CALLS * BRANCHES, dtype=np.float32).reshape(CALLS, BRANCHES)
+    problem = Problem(adapter, table, 1.5, 0, process=None, images=None, first=first)
+    training = Training(problem, HarmoniCaSettings(beta=1e-3))
+    logits = training.router.logits()
+    assert (logits[1:] == first[1:]).all() and (logits[0] == training.settings.clamp).all()
+    assert (training.router.previous == logits).all()  # else steering would take the start for a movement
+
+
+def test_another_model_may_be_the_teacher(adapter, table):
+    """The target is the other's output, while the student and lambda stay with the adapter."""
+    other, settings = make_dit(out_channels=4, seed=5), HarmoniCaSettings(beta=1e-3, batch=2)
+    problem = Problem(adapter, table, 1.5, 0, process=None, images=None)
+    taught, alone = Training(replace(problem, teacher=other), settings), Training(problem, settings)
+    condition, start, noises = taught.draw(0)
+    for training, teacher in ((taught, other), (alone, adapter)):
+        with torch.no_grad():
+            want = teacher.guided(start, condition, constants_of(teacher, table)[1], 1.5, compute_all)
+            assert torch.equal(training.target(1, start, condition), want[:, : training.channels])
+        training.refresh(condition, start, noises)
+    assert (taught.router.lambdas == alone.router.lambdas).all()

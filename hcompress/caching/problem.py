@@ -78,6 +78,8 @@ class Problem:
 
     process: how the model's training noised images, at each call
     images:  opens a folder of them, or the model's own data for None. Raises DataError
+    teacher: whose uncached output a router learns to match; None: that of `adapter`
+    first:   float32[T, N], logits that a router starts from; None: as its settings say
     """
 
     adapter: Adapter
@@ -87,6 +89,8 @@ class Problem:
     process: Callable[[], Process]
     images: Callable[[str | None], Images]
     ranks: Ranks = field(default_factory=OneProcess)
+    teacher: Adapter | None = None
+    first: NDArray[np.float32] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,9 +110,9 @@ class Problem:
         return condition, start_noise(self.adapter, self.seed, streams), noises
 
     def score_db(self, compute: NDArray[np.bool_], count: int = SCORED) -> float:
-        """Signal-to-noise ratio (dB) of samples under `compute` against uncached ones, on held-out noise."""
+        """Signal-to-noise ratio (dB) of samples under `compute` against the teacher's, on held-out noise."""
         condition, start, noises = self.draw(SCORING_STREAMS, count)
-        dense = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
+        dense = sample(self.teacher or self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
         cached = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises, compute=compute)
         error = functional.mse_loss(cached, dense).item()
         return 10 * math.log10(dense.square().mean().item() / max(error, TINY))

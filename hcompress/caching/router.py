@@ -33,11 +33,19 @@ class Router:
     """
 
     def __init__(
-        self, num_calls: int, num_branches: int, settings: RouterSettings, seed: int, learned: Sequence[int]
+        self,
+        num_calls: int,
+        num_branches: int,
+        settings: RouterSettings,
+        seed: int,
+        learned: Sequence[int],
+        first: NDArray[np.float32] | None = None,
     ) -> None:
+        """`first`: logits [T, N] to start from, such as those of another schedule; None: as the settings say."""
         rng = np.random.default_rng(seed)
-        first = rng.standard_normal((num_calls, num_branches)) if settings.init == "normal" else settings.init
-        table = np.broadcast_to(np.asarray(first, np.float32), (num_calls, num_branches)).copy()
+        drawn = rng.standard_normal((num_calls, num_branches)) if settings.init == "normal" else settings.init
+        logits = np.asarray(drawn if first is None else first, np.float32)
+        table = np.broadcast_to(logits, (num_calls, num_branches)).copy()
         pinned = np.setdiff1d(np.arange(num_calls), learned)
         table[pinned] = settings.clamp
         self.settings, self.learned = settings, list(learned)

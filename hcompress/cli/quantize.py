@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hcompress.quant.settings import EfficientDMSettings
     from hcompress.recipe import QuantRecipe
 
 SHOWN = ("psnr_db", "ssim", "relative_l2", "fd64", "accuracy", "precision", "recall", "megabytes")
@@ -20,7 +22,8 @@ def quantize(
     model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Run folder; it is a MODEL from then on.", show_default=False)],
     method: Annotated[
-        str | None, typer.Option(help="int8-max, int8-percentile, int8-smoothquant, fp8, int4-wo, ptq4dit.")
+        str | None,
+        typer.Option(help="int8-max, int8-percentile, int8-smoothquant, fp8, int4-wo, ptq4dit, efficientdm."),
     ] = None,
     format: Annotated[str | None, typer.Option(help="w8a8, w4a8, ...; the method's own if not given.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Glob of layers that stay in float; repeat.")] = None,
@@ -34,6 +37,12 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Of the noises that calibrate.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe or a YAML file.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override: quant.samples=32")] = None,
+    with_cache: Annotated[
+        Path | None, typer.Option(help="A schedule of MODEL: make both for each other, with efficientdm.")
+    ] = None,
+    relearn: Annotated[bool, typer.Option("--relearn", help="--with-cache: learn its schedule from scratch.")] = False,
+    keep_schedule: Annotated[bool, typer.Option("--keep-schedule", help="--with-cache: learn no schedule.")] = False,
+    teacher: Annotated[str | None, typer.Option(help="--with-cache: of the schedule; quantized or fp.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="To compare with the float model at the end; 0: none.")] = 200,
     analyze: Annotated[bool, typer.Option("--analyze", help="Rank layers by the harm they do; make nothing.")] = False,
     resample_steps: Annotated[
@@ -50,12 +59,15 @@ def quantize(
     """
     from rich.console import Console
 
+    from hcompress.errors import RecipeError
+    from hcompress.quant.settings import EfficientDMSettings
     from hcompress.recipe import find, resolve_quant
+    from hcompress.schedule import Schedule
 
     console = Console(stderr=True)
     if resample_steps:
         return _resample(model, solver, steps, cfg, out, as_json)
-    flags = {
+    flags: dict[str, Any] = {
         "model": model,
         "solver.name": solver,
         "solver.steps": steps,
@@ -66,12 +78,24 @@ def quantize(
         "quant.keep": keep or None,
         "quant.only": only or None,
         "quant.one_scale": one_scale,
+        "quant.teacher": teacher,
     }
+    if with_cache:
+        flags |= {"quant.method": method or "efficientdm", "quant.with_cache": str(with_cache)}
+        if flags["quant.method"] != "efficientdm":
+            raise RecipeError(f"--with-cache distils; for {method}, quantize first and then: hcompress train {out}")
+        theirs = Schedule.load(with_cache).identity
+        own = {} if recipe else {"solver.steps": theirs.solver["steps"], "cfg": theirs.cfg}
+        flags |= {key: value for key, value in own.items() if flags[key] is None}
+    if relearn or keep_schedule:
+        flags["quant.relearn"] = "keep" if keep_schedule else "scratch"
     resolved = resolve_quant(find(recipe) if recipe else None, flags, sets or [])
     if dry_run:
         return _print_plan(resolved, device, as_json)
     if analyze:
         return _analyze(resolved, out, device, resume, console, as_json)
+    if isinstance(resolved.quant, EfficientDMSettings):
+        return _distil(resolved, resolved.quant, out, resume, device, samples, console, as_json)
     from hcompress.quantize import quantize as run
     from hcompress.report.quality import against_float
     from hcompress.rundir import RunDir
@@ -104,6 +128,67 @@ def quantize(
     print(out)
 
 
+def _distil(
+    recipe: QuantRecipe,
+    settings: EfficientDMSettings,
+    out: Path,
+    resume: bool,
+    device: str,
+    samples: int,
+    console: Console,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from hcompress.quantize import quantize as run
+    from hcompress.report.progress import StagesDisplay
+    from hcompress.report.quality import WITH_CACHE, against_float, with_cache
+    from hcompress.rundir import RunDir
+    from hcompress.schedule import Schedule
+    from hcompress_runtime.files import write_atomically
+
+    try:
+        with StagesDisplay() as display:
+            made = run(recipe, out, resume=resume, device=device, on_progress=display.show)
+    except KeyboardInterrupt:
+        print(f"stopped; all but the last trajectory is in {out}: add --resume to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    figures: dict[str, Any] = {}
+    title = f"{recipe.model}, efficientdm {settings.resolved_format}, {samples} samples, seed {recipe.seed}"
+    if samples:
+        with _bars(console) as bars:
+            names = WITH_CACHE if made.schedule else ("float", "quantized")
+            tasks = {what: bars.add_task(what, total=samples) for what in names}
+
+            def show(what: str, done: int) -> None:
+                bars.update(tasks[what], completed=done)
+
+            if made.schedule:
+                given = Schedule.load(Path(str(settings.with_cache)))
+                figures = with_cache(made, given, samples, recipe.seed, show)
+            else:
+                figures = against_float(made.dense, made.quantized, samples, recipe.seed, show)
+        write_atomically(out / "quality.json", json.dumps(figures, indent=1).encode())
+    if as_json:
+        schedule = {"schedule": str(RunDir(out).schedule), "cur": made.schedule.cur} if made.schedule else {}
+        print(json.dumps({"out": str(out)} | schedule | figures))
+        return
+    if samples and made.schedule:
+        _print_with_cache(figures["rows"], title)
+    elif samples:
+        _print_table(figures, title)
+    print(out)
+
+
+def _print_with_cache(rows: dict[str, dict[str, float]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [name for name in (*SHOWN, "fd64_floor", "cur", "mac_ratio") if any(name in row for row in rows.values())]
+    table = Table("", *shown, title=title)
+    for row, figures in rows.items():
+        table.add_row(row, *(f"{figures[name]:.3f}" if name in figures else "-" for name in shown))
+    Console().print(table)
+
+
 def _walks(method: str) -> int:
     """How often a method walks the trajectory."""
     return 2 if method == "ptq4dit" else 1
@@ -130,6 +215,7 @@ def _print_table(figures: dict[str, Any], title: str) -> None:
 def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
     """Which layers would be quantized, and how large the result would be."""
     from hcompress.quant.selection import select_as
+    from hcompress.quant.settings import EfficientDMSettings
     from hcompress.quantize import open_float, walk_of
 
     setting = open_float(recipe, device=device)
@@ -145,6 +231,8 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
         "all_weights": setting.adapter.graph.total_params,
         "model_calls": _walks(recipe.quant.method) * setting.table.num_calls * -(-walk.samples // walk.batch),
     }
+    if isinstance(recipe.quant, EfficientDMSettings):
+        plan |= {"updates": recipe.quant.updates, "noises_an_update": recipe.quant.batch}
     if as_json:
         print(json.dumps(plan | {"formats": selection.plan()}))
         return

@@ -3,6 +3,7 @@
 RUN/quantized.safetensors     one metadata key, the format's name, that holds `Origin` as JSON; and the tensors
     log_scales   float32[T, K]
     timesteps    float32[T]
+    active       bool[T, K], where it was made for a schedule: the step sizes that a run under it reads
     network.*    every tensor of the network that the float one has not, or not so: integers in their own type (int4 two
                  a byte, hcompress.lowbit.grid.pack), scales, and float tensors that something was folded into
 """
@@ -49,12 +50,20 @@ class Origin:
 
 
 def save_quantized(
-    adapter: QuantizedAdapter, base: Adapter, origin: Origin, path: Path, *, log_scales: Tensor | None = None
+    adapter: QuantizedAdapter,
+    base: Adapter,
+    origin: Origin,
+    path: Path,
+    *,
+    log_scales: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> None:
     """Write what `adapter` has other than `base`. Raises DiskError where the disk refuses."""
     before = base.network.state_dict()
     tensors = {"log_scales": adapter.log_scales.detach() if log_scales is None else log_scales}
     tensors["timesteps"] = adapter.timesteps
+    if active is not None:
+        tensors["active"] = active
     for name, tensor in adapter.network.state_dict().items():
         if name not in before or not torch.equal(tensor, before[name]):
             tensors[f"network.{name}"] = tensor
@@ -104,6 +113,7 @@ def _assemble(origin: Origin, tensors: dict[str, Tensor], base: Adapter) -> Quan
         replaced[id(old)] = new
     replace_modules(copy.network, replaced)
     log_scales, timesteps = network.pop("log_scales"), network.pop("timesteps")
+    network.pop("active", None)  # for those who read the file: a run under the schedule never reads the others
     for name, value in network.items():  # folded into, but not quantized
         parent, _, leaf = name.rpartition(".")
         copy.network.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -27,6 +27,12 @@ def _ptq4dit(*args: Any, **named: Any) -> QuantizedAdapter:
     return ptq4dit(*args, **named)
 
 
+def _efficientdm(*args: Any, **named: Any) -> QuantizedAdapter:
+    from hcompress.quant.efficientdm import efficientdm
+
+    return efficientdm(*args, **named)
+
+
 QUANTIZERS: dict[str, Quantizer] = {
     "int8-max": _ptq,
     "int8-percentile": _ptq,
@@ -34,4 +40,5 @@ QUANTIZERS: dict[str, Quantizer] = {
     "fp8": _ptq,
     "int4-wo": _ptq,
     "ptq4dit": _ptq4dit,
+    "efficientdm": _efficientdm,
 }

@@ -72,6 +72,10 @@ class Selection:
         """The layers that read input `column`."""
         return [name for name, at in self.columns.items() if at == column]
 
+    def activation(self, column: int) -> str:
+        """What input `column` is rounded to, a key of ACTIVATION_GRIDS."""
+        return self.formats[self.readers(column)[0]].activation or ""
+
     def plan(self) -> dict[str, Any]:
         """JSON-able: {layer: {"weight", "activation", "block", "column"}}."""
         return {name: vars(format) | {"column": self.columns.get(name)} for name, format in self.formats.items()}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hcompress.errors import RecipeError
 
+Positive = Annotated[float, Field(gt=0)]
 FORMATS_HERE = ("w8a8", "w4a8", "w4a4", "fp8", "w8", "w4")
 ELSEWHERE = {"nvfp4": "a Blackwell GPU", "mxfp4": "a Blackwell GPU", "mxfp8": "a Blackwell GPU"}
 INTEGERS = ("w8a8", "w4a8", "w4a4", "w8")
+LEARNED = ("w8a8", "w4a8", "w4a4")
 METHOD_FORMATS = {"fp8": ("fp8",), "int4-wo": ("w4",), "int8-smoothquant": ("w8a8",)}  # INTEGERS for all others
 DEFAULT_FORMATS = {"fp8": "fp8", "int4-wo": "w4"}  # of a method; w8a8 for all others
 
@@ -25,6 +27,8 @@ class QuantSettings(BaseModel):
     modulation: str = Field("w8", description="format of block adaLN, a third of DiT's weights, or keep")
     keep: list[str] = Field([], description="globs of layer names that stay in float")
     only: list[str] = Field([], description="globs of layer names that are quantized instead of the default ones")
+    samples: int = Field(16, ge=1, description="noises that calibrate; guidance doubles the rows")
+    batch: int = Field(8, ge=1, description="of them at a time")
 
     @property
     def resolved_format(self) -> str:
@@ -54,8 +58,6 @@ class PtqSettings(QuantSettings):
 
     method: Literal["int8-max", "int8-percentile", "int8-smoothquant", "fp8", "int4-wo", "ptq4dit"] = "int8-max"
     one_scale: bool = Field(False, description="one range of an input for all calls, instead of one for each")
-    samples: int = Field(16, ge=1, description="noises that calibrate; guidance doubles the rows")
-    batch: int = Field(8, ge=1, description="of them at a time")
     percentile: float = Field(99.99, gt=0, le=100, description="int8-percentile: share of values inside the range")
     alpha: float = Field(0.8, ge=0, le=1, description="int8-smoothquant: how far inputs are smoothed into weights")
 
@@ -67,5 +69,40 @@ class PtqSettings(QuantSettings):
         return self
 
 
-Quant = PtqSettings
+class EfficientDMSettings(QuantSettings):
+    """EfficientDM: low-rank updates inside the rounding, distilled without data.
+
+    The method is the paper's; the learning rates are not: they settle in 2 000 updates, where the paper takes 16 000.
+    """
+
+    method: Literal["efficientdm"] = "efficientdm"
+    updates: int = Field(2000, ge=1, description="optimiser steps, one a model call; rounded to whole trajectories")
+    refresh: int = Field(200, ge=1, description="with_cache: updates under the schedule that was learned")
+    batch: int = Field(4, ge=1, description="noises a trajectory, of calibration too; guidance doubles the rows")
+    rank: int = Field(32, ge=1, description="of the low-rank update B A")
+    w0: Literal["fp", "int"] = Field("fp", description="what B A is added to: the float weight, or the rounded one")
+    weighting: Literal["relative", "none"] = Field(
+        "relative", description="each call's error counts relative to what it was before training, or as it is (paper)"
+    )
+    lr_lora: Positive = Field(4e-3, description="AdamW's rate of A and B, in mean weight steps of the layer")
+    lr_weight: Positive = Field(1e-3, description="relative rate of the weights' step sizes")
+    lr_activation: Positive = Field(5e-3, description="relative rate of the inputs' step sizes")
+    with_cache: str | None = Field(None, description="schedule of the float model, under which the result will run")
+    relearn: Literal["refine", "scratch", "keep"] = Field(
+        "refine", description="with_cache: learn its schedule on the quantized model, from its logits, anew, or not"
+    )
+    teacher: Literal["quantized", "fp"] = Field(
+        "quantized", description="with_cache: whose uncached output the schedule is learned to match"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.with_cache is None and (self.relearn, self.teacher) != ("refine", "quantized"):
+            raise RecipeError("quant.relearn and quant.teacher are about a schedule; pass one: --with-cache SCHEDULE")
+        if self.resolved_format not in LEARNED:
+            raise RecipeError(f"quant.format = {self.format!r} is none of efficientdm's: {', '.join(LEARNED)}")
+        return self
+
+
+Quant = Annotated[PtqSettings | EfficientDMSettings, Field(discriminator="method")]
 """What the `quant:` section may be."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hcompress.caching.problem import Method
 from hcompress.caching.problem import Progress as Round
@@ -60,13 +61,63 @@ class TrainingDisplay:
         """One more round is done."""
         self.last = progress
         self.score_db = progress.score_db if progress.score_db is not None else self.score_db
-        figures = (
-            f"loss {progress.loss:.2e}  CUR {100 * progress.hard_cur:.1f} % (soft {100 * progress.expected_cur:.1f})  "
-            f"beta {progress.beta:.1e}  undecided {100 * progress.unpolarised:.0f} %"
-            + ("" if self.score_db is None else f"  {self.score_db:.1f} dB")
-        )
+        figures = _router_figures(progress) + _score(self.score_db)
         self.bar.update(self.task, completed=progress.round, figures=figures)
         finished = progress.round == self.rounds
         if not self.console.is_terminal and (finished or time.monotonic() - self.printed > PLAIN_SECONDS):
             self.printed = time.monotonic()
             self.console.print(f"{progress.round}/{self.rounds}  {figures}", highlight=False, soft_wrap=True)
+
+
+class StagesDisplay:
+    """Several stages, one after the other, each with its own line: loss, what else it has to say, and time left."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.score_db: dict[str, float | None] = {}
+        self.printed = 0.0
+
+    def __enter__(self) -> StagesDisplay:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def show(self, stage: str, trajectories: int, progress: Any) -> None:
+        """One more trajectory of `stage` is done: figures of a router's training or of a distillation."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=trajectories, figures="")
+        score = progress.score_db if progress.score_db is not None else self.score_db.get(stage)
+        self.score_db[stage] = score
+        figures = _router_figures(progress) if isinstance(progress, Round) else f"loss {progress.loss:.2e}"
+        figures += _score(score)
+        self.bar.update(self.tasks[stage], completed=progress.round, figures=figures)
+        ended = progress.round >= trajectories
+        if not self.console.is_terminal and (ended or time.monotonic() - self.printed > PLAIN_SECONDS):
+            self.printed = time.monotonic()
+            line = f"{stage} {progress.round}/{trajectories}  {figures}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _router_figures(progress: Round) -> str:
+    return (
+        f"loss {progress.loss:.2e}  CUR {100 * progress.hard_cur:.1f} % (soft {100 * progress.expected_cur:.1f})  "
+        f"beta {progress.beta:.1e}  undecided {100 * progress.unpolarised:.0f} %"
+    )
+
+
+def _score(score_db: float | None) -> str:
+    return "" if score_db is None else f"  {score_db:.1f} dB"

@@ -7,6 +7,7 @@ Distribution figures are the model's own offline metrics (hcompress.metrics), ea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,21 @@ from hcompress.lowbit.artefact import network_bytes
 from hcompress.metrics.emoji import EmojiMetrics, emoji_metrics
 from hcompress.metrics.fashion import MIN_SAMPLES, FashionMetrics, fashion_metrics
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
+from hcompress.quantize import Quantized
 from hcompress.sampling import sample_seeded
+from hcompress.schedule import Schedule
 from hcompress.setting import Setting
 from hcompress.zoo import emoji_clip
 from hcompress_runtime.conditions import Given
 
 SSIM_WINDOW = 11
+WITH_CACHE = (
+    "dense float",
+    "cached float",
+    "dense quantized",
+    "cached quantized, the float model's schedule",
+    "cached quantized, its own schedule",
+)
 
 
 def balanced_labels(setting: Setting, count: int) -> Given:
@@ -132,6 +142,33 @@ def against_float(
         "num_samples": count,
         "seed": seed,
     }
+
+
+def with_cache(
+    made: Quantized,
+    given: Schedule,
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """Rounding and reuse, alone and together, each against the float model's uncached samples: WITH_CACHE's rows.
+
+    given: the float model's schedule. Under it, and uncached, the quantized model is the one that was distilled under
+    it; under its own schedule it is the one that was refreshed.
+    """
+    assert made.schedule is not None and made.first is not None
+    everything = np.ones_like(given.compute)
+    settings = (made.dense, made.dense, made.first, made.first, made.quantized)
+    masks = (everything, given.compute, everything, given.compute, made.schedule.compute)
+    reference, rows = None, {}
+    for name, setting, mask in zip(WITH_CACHE, settings, masks, strict=True):
+        compute = None if mask.all() else mask
+        samples = generate(setting, count, seed, compute, partial(progress, name))
+        reference = samples if reference is None else reference
+        rows[name] = (paired(samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
+        rows[name] |= distribution(setting, samples) if count >= MIN_SAMPLES else {}
+        rows[name]["megabytes"] = network_bytes(setting.adapter) / 1e6
+    return {"rows": rows, "num_samples": count, "seed": seed}
 
 
 def _of_emoji(setting: Setting) -> bool:

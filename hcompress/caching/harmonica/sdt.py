@@ -38,10 +38,11 @@ class Training:
     def __init__(self, problem: Problem, settings: HarmoniCaSettings) -> None:
         self.problem, self.settings = problem, settings
         self.adapter, self.table, self.ranks = problem.adapter, problem.table, problem.ranks
-        self.constants = constants_of(self.adapter, self.table)
+        self.teacher = problem.teacher or problem.adapter
+        self.constants, self.teacher_constants = (constants_of(a, self.table) for a in (self.adapter, self.teacher))
         self.channels = self.adapter.sample_shape[0]
         self.rounds = settings.trajectories
-        self.router = Router(*problem.shape, settings, problem.seed, range(1, self.table.num_calls))
+        self.router = Router(*problem.shape, settings, problem.seed, range(1, self.table.num_calls), problem.first)
         self.steering = Steering(self.adapter.graph, self.router, settings, self.rounds)
         self.needs = np.zeros(problem.shape)  # -d(lambda MSE)/dr of each entry's last update
 
@@ -85,7 +86,7 @@ class Training:
         for call in range(1, self.table.num_calls):
             x = self.table.combine(call, start, outputs, noises)
             with self.teacher_mode():
-                target = self.denoise(call, x, condition, compute_all, noises)
+                target = self.target(call, x, condition, noises)
             r = torch.sigmoid(self.router.rows[call])
             scores = r.detach().numpy().astype(np.float64)
             keep = scores > self.settings.threshold
@@ -102,6 +103,12 @@ class Training:
         """What the solver goes by at `call`, [B, C, H, W]; a learned variance counts only where the solver uses it."""
         raw = self.adapter.guided(x, condition, self.constants[call], self.problem.cfg, route)
         return solver_output(raw, self.constants[call], self.table.noise_of(call, noises), self.channels)
+
+    def target(self, call: int, x: Tensor, condition: Condition, noises: Sequence[Tensor] = ()) -> Tensor:
+        """The teacher's at `call`, [B, C, H, W], everything computed."""
+        constants = self.teacher_constants[call]
+        raw = self.teacher.guided(x, condition, constants, self.problem.cfg, compute_all)
+        return solver_output(raw, constants, self.table.noise_of(call, noises), self.channels)
 
     def refresh(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> None:
         """IEPO: measure lambda anew on this trajectory's own noise, averaged over ranks."""

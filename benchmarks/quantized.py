@@ -1,0 +1,211 @@
+"""Few bits, alone and together with reuse: the quality table of quantization.
+
+    python benchmarks/quantized.py                  # 3 seeds, 1 000 samples, T = 20: three hours on one thread
+    python benchmarks/quantized.py --samples 200 --seeds 0
+
+Every row is one file under --work, written when it is finished, and training is resumed: an interrupted run goes on
+where it stopped. Seeds are the outer loop, and the tables are written anew after each, so an unfinished run has whole
+ones. Training of seed s uses seed s; all is scored on the noise of seed 100 + s, which no training sees, and against
+the float model's uncached samples from the same noise.
+
+ptq        int8-max at W8A8, W4A8 and W4A4, ptq4dit, fp8, by the settings that ship
+distilled  efficientdm by the shipped recipe, and its settings at other formats
+cached     the router of benchmarks/quality.py at CUR 40 %; the quantized model that was distilled uncached under that
+           router's schedule; and `--with-cache`: distilled under it, and under the schedule learned on the result
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from quality import CFG, MODEL, SEEDS, learn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hcompress.quantize import Quantized
+    from hcompress.schedule import Schedule
+    from hcompress.setting import Setting
+
+STEPS = 20
+PTQ = {  # row: (method, format)
+    "int8-max w8a8": ("int8-max", "w8a8"),
+    "ptq4dit w8a8": ("ptq4dit", "w8a8"),
+    "fp8": ("fp8", "fp8"),
+    "int8-max w4a8": ("int8-max", "w4a8"),
+    "int8-max w4a4": ("int8-max", "w4a4"),
+}
+DISTILLED, TOGETHER = ("w8a8", "w4a8", "w4a4"), ("w8a8", "w4a8")
+SHOWN = {"cur": "CUR (%)", "megabytes": "MB", "psnr_db": "PSNR (dB)", "ssim": "SSIM", "fd64": "FD-64"}
+SHOWN |= {"accuracy": "accuracy", "precision": "precision", "recall": "recall"}
+
+
+def quantize_as(work: Path, seed: int, name: str, **quant: Any) -> Quantized:
+    """The result of `hcompress quantize` with these settings, resumed or reopened."""
+    from hcompress.quantize import quantize
+    from hcompress.recipe import find, resolve_quant
+
+    learned = "w8a8" if quant["format"] == "w8a8" else "w4a8"
+    recipe = find(f"fashion-dit_ddim{STEPS}_efficientdm-{learned}") if quant["method"] == "efficientdm" else None
+    flags = {"model": MODEL, "solver.name": "ddim", "solver.steps": STEPS, "cfg": CFG, "seed": seed}
+    flags |= {f"quant.{key}": value for key, value in quant.items()}
+    return quantize(resolve_quant(recipe, flags), work / f"{name}-{seed}".replace(" ", "-"), resume=True)
+
+
+class Rows:
+    """The rows of one seed, each measured once."""
+
+    def __init__(self, work: Path, samples: int, seed: int) -> None:
+        from hcompress.setting import open_setting
+
+        self.work, self.samples, self.seed = work, samples, seed
+        self.dense: Setting = open_setting(MODEL, "ddim", STEPS, CFG)
+        self.images = work / f"{samples}-float-{seed}.npy"
+        self.measure("float", lambda: (self.dense, None))
+
+    def measure(self, name: str, made: Callable[[], tuple[Setting, np.ndarray | None]]) -> None:
+        """Generate and measure row `name`, unless its file is there; `made` gives its setting and mask."""
+        file = self.work / f"{self.samples}-{self.seed}-{name}.json"
+        if file.exists():
+            return
+        from hcompress.lowbit.artefact import network_bytes
+        from hcompress.report.quality import cost, distribution, generate, paired
+
+        begun = time.monotonic()
+        setting, mask = made()
+        everything = np.ones((setting.table.num_calls, len(setting.adapter.graph)), bool)
+        drawn = generate(setting, self.samples, 100 + self.seed, mask)
+        figures = distribution(setting, drawn) | cost(setting, everything if mask is None else mask)
+        figures["megabytes"] = network_bytes(setting.adapter) / 1e6
+        if name == "float":
+            np.save(self.images, drawn.numpy())
+        else:
+            figures |= paired(drawn, self.reference())
+        figures["seconds"] = time.monotonic() - begun
+        file.write_text(json.dumps(figures, indent=1))
+        shown = "  ".join(f"{key} {figures[key]:.3f}" for key in SHOWN if key in figures)
+        print(f"seed {self.seed}  {name:44} {shown}", flush=True)
+
+    def reference(self) -> Tensor:
+        """The float model's uncached samples."""
+        import torch
+
+        return torch.from_numpy(np.load(self.images))
+
+
+def run_seed(work: Path, routers: Path, samples: int, seed: int) -> None:
+    """All rows of one seed."""
+    from hcompress.schedule import Schedule
+
+    rows = Rows(work, samples, seed)
+    for name, (method, format) in PTQ.items():
+        rows.measure(name, lambda n=name, m=method, f=format: (
+            quantize_as(work, seed, n, method=m, format=f).quantized, None))  # fmt: skip
+    learn(routers, STEPS, seed)
+    file = routers / f"router-{STEPS}-{seed}" / "schedule.safetensors"
+    given: Schedule = Schedule.load(file)
+    rows.measure("cached float", lambda: (rows.dense, given.compute))
+    for format in DISTILLED:
+
+        def uncached(format: str = format) -> Setting:
+            return quantize_as(work, seed, f"efficientdm {format}", method="efficientdm", format=format).quantized
+
+        rows.measure(f"efficientdm {format}", lambda made=uncached: (made(), None))
+        if format not in TOGETHER:
+            continue
+        rows.measure(f"efficientdm {format}, float's schedule", lambda made=uncached: (made(), given.compute))
+
+        def together(format: str = format) -> Quantized:
+            return quantize_as(
+                work, seed, f"with-cache {format}", method="efficientdm", format=format, with_cache=str(file)
+            )
+
+        def under_given(made: Callable[[], Quantized] = together) -> tuple[Setting, np.ndarray]:
+            first = made().first
+            assert first is not None
+            return first, given.compute
+
+        def under_own(made: Callable[[], Quantized] = together) -> tuple[Setting, np.ndarray]:
+            result = made()
+            assert result.schedule is not None
+            return result.quantized, result.schedule.compute
+
+        rows.measure(f"with-cache {format}, float's schedule", under_given)
+        rows.measure(f"with-cache {format}, its own schedule", under_own)
+
+
+def order() -> list[str]:
+    """Row names as the table has them."""
+    names = ["float", *PTQ]
+    for format in DISTILLED:
+        at = max((i for i, name in enumerate(names) if name.endswith(format)), default=len(names) - 1)
+        names.insert(at + 1, f"efficientdm {format}")
+    names.append("cached float")
+    for format in TOGETHER:
+        names += [f"efficientdm {format}, float's schedule", f"with-cache {format}, float's schedule"]
+        names += [f"with-cache {format}, its own schedule"]
+    return names
+
+
+def summarise(work: Path, samples: int, seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """Mean and spread (standard deviation over seeds) of each row that is there."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name in order():
+        files = [file for seed in seeds if (file := work / f"{samples}-{seed}-{name}.json").exists()]
+        found = [json.loads(file.read_text()) for file in files]
+        if found:
+            summary[name] = {
+                key: {"mean": statistics.mean(r[key] for r in found), "std": statistics.pstdev(r[key] for r in found)}
+                for key in found[0]
+            } | {"seeds": len(found)}
+    return summary
+
+
+def table(summary: dict[str, dict[str, Any]], samples: int) -> str:
+    """Markdown."""
+    lines = [f"| T = {STEPS}, {samples} samples a seed | seeds | " + " | ".join(SHOWN.values()) + " |"]
+    lines.append("|---" * (2 + len(SHOWN)) + "|")
+    for name, figures in summary.items():
+        cells = []
+        for key in SHOWN:
+            scale, digits = (100, 1) if key == "cur" else (1, 2 if key in ("psnr_db", "megabytes") else 3)
+            value = figures.get(key)
+            cells.append(f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}" if value else "")
+        lines.append(f"| {name} | {figures['seeds']} | " + " | ".join(cells) + " |")
+    floor = summary["float"]
+    floors = ", ".join(f"{n} {floor[n + '_floor']['mean']:.3f}" for n in ("fd64", "precision", "recall"))
+    return "\n".join([*lines, "", f"Real against real at the same number of samples: {floors}.", ""])
+
+
+def main() -> None:
+    """Quantize, sample, summarise, write benchmarks/results/quantized.{json,md} after each seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--work", type=Path, default=Path("runs/quantized"))
+    parser.add_argument("--routers", type=Path, default=Path("runs/quality"), help="where benchmarks/quality.py works")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    from hcompress.rundir import environment
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        run_seed(args.work, args.routers, args.samples, seed)
+        summary = summarise(args.work, args.samples, args.seeds)
+        result = {"date": str(date.today()), "samples": args.samples, "environment": environment(), "rows": summary}
+        (args.results / "quantized.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.results / "quantized.md").write_text(table(summary, args.samples))
+        print(table(summary, args.samples), flush=True)
+
+
+if __name__ == "__main__":
+    main()
