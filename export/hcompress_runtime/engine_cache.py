@@ -182,9 +182,9 @@ def _build_one(bundle: Bundle, target: Target, graph: str, batch: Batch, say: Ca
 
 def _step_sizes(bundle: Bundle, graph: str) -> dict[str, NDArray[np.float32]]:
     """What an engine of `graph` holds of a quantized bundle: the largest step sizes of the calls that it serves."""
-    if SCALES not in bundle.constants:
-        return {}
     served = [call for call, other in enumerate(bundle.graphs) if other == graph]
+    if SCALES not in bundle.constants or not served:  # the solver's update serves none
+        return {}
     return {f"step.{SCALES}": bundle.constants[SCALES][served].max(axis=0, keepdims=True)}
 
 
