@@ -51,6 +51,11 @@ class BranchGraph:
         return tuple(branch.name for branch in self.branches)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """D of each branch, the last axis of what it gives: channels, which corrections tell apart."""
+        return tuple(branch.shape[-1] for branch in self.branches)
+
+    @property
     def macs(self) -> NDArray[np.int64]:
         """int64[N], MACs of each branch for one row of the network's batch."""
         return np.array([branch.macs for branch in self.branches], np.int64)

@@ -1,8 +1,8 @@
 """The reference sampler: an adapter under a schedule, with the cache in plain sight.
 
     x_k   = solver table (start noise, outputs so far, noises)                  hcompress_runtime.table
-    o_k   = guided network output; every branch either computes and overwrites its slot, or yields its slot
-            (under IDDPM with the call's noise in it, see hcompress_runtime.table)
+    o_k   = guided network output; every branch either computes and overwrites its slot, or yields its slot, as it is
+            or corrected (hcompress.corrections); under IDDPM with the call's noise in it (hcompress_runtime.table)
     x_T   = the finished sample
 
 All other ways to run a schedule (frozen graphs, a patched diffusers pipeline) are tested against this one.
@@ -11,6 +11,8 @@ All other ways to run a schedule (frozen graphs, a patched diffusers pipeline) a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +20,68 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
+from hcompress.corrections import Corrections
 from hcompress.errors import SolverError
 from hcompress_runtime.conditions import Given, complete, take
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.table import SolverTable
 
 Slots = MutableMapping[int, Tensor]
-"""Branch index -> the output it computed last, before the gate."""
+"""Branch index -> what it computed last, [R, *Branch.shape], before the gate: c of hcompress.corrections.
+
+Where a correction asks for what was computed before that, p, a second such mapping holds it (`older`). Neither ever
+holds a corrected value.
+"""
 
 
-def hard_route(compute: NDArray[np.bool_], slots: Slots) -> Route:
-    """Compute-or-reuse for one model call. compute: bool[N]. HarmoniCa's inference rule."""
+class Terms(NamedTuple):
+    """The correction of one branch at one call, [D] each; None is zero."""
+
+    a: Tensor | None
+    d: Tensor | None
+    b: Tensor | None
+
+
+NOTHING: Mapping[int, Terms] = MappingProxyType({})  # corrected at a call of plain reuse
+
+
+def corrected(c: Tensor, p: Tensor | None, terms: Terms) -> Tensor:
+    """v = c + a c + d (c - p) + b for c and p [R, L, D]; p may be absent where d is zero."""
+    v = c
+    if terms.a is not None:
+        v = v + terms.a * c
+    if terms.d is not None:
+        assert p is not None  # Corrections.check_fits
+        v = v + terms.d * (c - p)
+    return v if terms.b is None else v + terms.b
+
+
+def terms_of(adapter: Adapter, corrections: Corrections | None, num_calls: int) -> list[dict[int, Terms]]:
+    """The corrections of each of the T calls, where they change anything, in the dtype that the network computes in."""
+    every: list[dict[int, Terms]] = [{} for _ in range(num_calls)]
+    if corrections is not None:
+        for call, branch in np.argwhere(corrections.changes).tolist():
+            rows = (vectors[branch][call] for vectors in (corrections.a, corrections.d, corrections.b))
+            terms = [torch.from_numpy(row).to(adapter.device, adapter.dtype) if row.any() else None for row in rows]
+            every[call][branch] = Terms(*terms)
+    return every
+
+
+def hard_route(
+    compute: NDArray[np.bool_], slots: Slots, terms: Mapping[int, Terms] = NOTHING, older: Slots | None = None
+) -> Route:
+    """Compute-or-reuse for one model call. compute: bool[N]. HarmoniCa's inference rule, and its correction.
+
+    terms: of the branches that are corrected at this call; older: filled where it is given
+    """
 
     def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
         if compute[branch]:
+            if older is not None and branch in slots:
+                older[branch] = slots[branch]
             slots[branch] = evaluate()
+        elif branch in terms:
+            return corrected(slots[branch], older.get(branch) if older is not None else None, terms[branch])
         return slots[branch]
 
     return route
@@ -96,10 +145,13 @@ def sample(
     *,
     cfg: float,
     compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
     noises: Sequence[Tensor] = (),
 ) -> Tensor:
     """Generate [B, C, H, W] from `start`, caching as `compute` bool[T, N] says; None computes everything."""
-    calls = trajectory(adapter, table, condition, start, cfg=cfg, compute=compute, noises=noises)
+    calls = trajectory(
+        adapter, table, condition, start, cfg=cfg, compute=compute, corrections=corrections, noises=noises
+    )
     return table.combine(table.num_calls, start, [output for _, output, _ in calls], noises)
 
 
@@ -112,15 +164,18 @@ def trajectory(
     *,
     cfg: float,
     compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
     noises: Sequence[Tensor] = (),
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
     """(x, guided output, slots) of each of the T calls; x and output [B, C, H, W], slots one dict for all calls."""
     channels = adapter.sample_shape[0]
     slots: dict[int, Tensor] = {}
+    older: dict[int, Tensor] | None = {} if corrections is not None and corrections.uses_older.any() else None
+    terms = terms_of(adapter, corrections, table.num_calls)
     outputs: list[Tensor] = []
     for call, constants in enumerate(constants_of(adapter, table)):
         x = table.combine(call, start, outputs, noises)
-        route = compute_all if compute is None else hard_route(compute[call], slots)
+        route = compute_all if compute is None else hard_route(compute[call], slots, terms[call], older)
         raw = adapter.guided(x, condition, constants, cfg, route)
         outputs.append(solver_output(raw, constants, table.noise_of(call, noises), channels))
         yield x, outputs[-1], slots
@@ -134,6 +189,7 @@ def sample_seeded(
     seed: int,
     cfg: float,
     compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
     batch: int = 64,
     first: int = 0,
     progress: Callable[[int], None] = lambda done: None,
@@ -151,6 +207,8 @@ def sample_seeded(
         start = start_noise(adapter, seed, streams)
         noises = solver_noises(adapter, table, seed, streams)
         condition = adapter.condition(take(rows, range(begin, end)))
-        finished.append(sample(adapter, table, condition, start, cfg=cfg, compute=compute, noises=noises))
+        finished.append(
+            sample(adapter, table, condition, start, cfg=cfg, compute=compute, corrections=corrections, noises=noises)
+        )
         progress(end)
     return torch.cat(finished)

@@ -1,7 +1,7 @@
 """A schedule: which branches are computed at which model call, and for whom it was learned.
 
-Stored as safetensors, `compute` and where learned `logits`, readable without torch. Its one metadata key is the
-format's name and holds the rest as JSON: the library writes several keys in no particular order.
+Stored as safetensors, `compute` and where there are such `logits` and `correction.N`, readable without torch. Its one
+metadata key is the format's name and holds the rest as JSON: the library writes several keys in no particular order.
 Rows count executed model calls: row 0 runs first, at the largest noise, and always computes everything.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hcompress.branches import BranchGraph
+from hcompress.corrections import Corrections, Reuse, taylor
 from hcompress.errors import ScheduleError
 from hcompress_runtime.files import write_atomically
 
@@ -56,11 +57,12 @@ class Schedule:
 
     Legend: T model calls, N branches.
 
-    compute:  bool[T, N]. True = compute, False = reuse the slot written last.
-    names:    the N branch names in column order
-    identity: the model, solver and guidance it belongs to
-    method:   how it came to be, with its settings ({"name": "harmonica", "beta": ...})
-    logits:   float32[T, N] of the router, where one was learned
+    compute:     bool[T, N]. True = compute, False = reuse the slot written last.
+    names:       the N branch names in column order
+    identity:    the model, solver and guidance it belongs to
+    method:      how it came to be, with its settings ({"name": "harmonica", "beta": ...})
+    logits:      float32[T, N] of the router, where one was learned
+    corrections: what a reused branch yields in place of its slot; None yields the slot as it is
 
     Raises ScheduleError where a row 0 reuses (nothing is cached yet), or shapes, dtypes or values do not fit.
     """
@@ -70,6 +72,7 @@ class Schedule:
     identity: Identity
     method: dict[str, Any] = field(default_factory=dict)
     logits: NDArray[np.float32] | None = None
+    corrections: Corrections | None = None
 
     def __post_init__(self) -> None:
         mask = self.compute
@@ -88,6 +91,8 @@ class Schedule:
             raise ScheduleError(f"`logits` must be float32[T, N], got {self.logits.dtype}")
         if self.logits is not None and not np.isfinite(self.logits).all():
             raise ScheduleError("`logits` holds NaN or infinity; the file is damaged or its training diverged")
+        if self.corrections is not None:
+            self.corrections.check_fits(mask, self.names)
 
     @property
     def num_calls(self) -> int:
@@ -101,8 +106,34 @@ class Schedule:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of which branches are computed when: equal for two schedules that run alike."""
-        return hashlib.sha256(self.compute.tobytes()).hexdigest()
+        """SHA-256 of which branches are computed when, and of corrections: equal for two schedules that run alike."""
+        digest = hashlib.sha256(self.compute.tobytes())
+        if self.corrections is not None:
+            digest.update(self.corrections.fingerprint.encode())
+        return digest.hexdigest()
+
+    @property
+    def reuse(self) -> Reuse:
+        """What a reused branch yields: plain, taylor or corrected."""
+        return self.corrections.rule if self.corrections else "plain"
+
+    def reusing(self, rule: Reuse | None, graph: BranchGraph) -> Schedule:
+        """The same mask under another rule; None leaves the schedule as it is.
+
+        Raises ScheduleError for `corrected` where nothing was fitted: that takes the model, see hcompress.caching.
+        """
+        if rule is None or rule == self.reuse:
+            return self
+        if rule == "plain":
+            return replace(self, corrections=None)
+        if rule == "taylor":
+            return replace(self, corrections=taylor(self.compute, graph.widths))
+        if rule == "corrected":
+            raise ScheduleError(
+                f"this schedule holds no fitted corrections, its rule is {self.reuse}; learn it with "
+                "`hcompress train --reuse corrected`"
+            )
+        raise ScheduleError(f"there is no rule of reuse {rule!r}; choose from: {', '.join(get_args(Reuse))}")
 
     def check_fits(self, graph: BranchGraph, identity: Identity) -> None:
         """Raise ScheduleError unless this schedule was made for this network, these weights, this solver and T.
@@ -116,6 +147,12 @@ class Schedule:
             raise ScheduleError(
                 f"schedule has {n} branches but {identity.model} has {len(graph)}{where}. "
                 f"It was learned on {self.identity.model}; re-learn it with `hcompress train`"
+            )
+        if self.corrections is not None and self.corrections.widths != graph.widths:
+            at = next(i for i, width in enumerate(graph.widths) if self.corrections.widths[i] != width)
+            raise ScheduleError(
+                f"corrections of {self.names[at]!r} are {self.corrections.widths[at]} wide, but in {identity.model} "
+                f"that branch is {graph.widths[at]} wide; re-learn it with `hcompress train`"
             )
         theirs = self.identity
         for what in ("config_hash", "weight_hash"):
@@ -139,7 +176,11 @@ class Schedule:
         tensors: dict[str, NDArray[Any]] = {"compute": self.compute}
         if self.logits is not None:
             tensors["logits"] = self.logits
-        described = {"names": self.names, "identity": asdict(self.identity), "method": self.method, "cur": self.cur}
+        described: dict[str, Any] = {"names": self.names, "identity": asdict(self.identity), "method": self.method}
+        described["cur"] = self.cur
+        if self.corrections is not None:
+            tensors |= self.corrections.tensors()
+            described["reuse"] = self.corrections.rule
         write_atomically(path, save(tensors, {FORMAT: json.dumps(described, sort_keys=True)}))
 
     @staticmethod
@@ -167,12 +208,14 @@ class Schedule:
                 isinstance(name, str) for name in described["names"]
             ):
                 raise TypeError("its method or names")
+            rule = described.get("reuse")
             return Schedule(
                 compute=tensors["compute"],
                 names=tuple(described["names"]),
                 identity=Identity(**described["identity"]),
                 method=described["method"],
                 logits=tensors.get("logits"),
+                corrections=None if rule is None else Corrections.of_tensors(rule, tensors),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ScheduleError(f"{path} lacks or garbles {error}; copy or re-learn it") from error
