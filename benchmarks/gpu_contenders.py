@@ -107,7 +107,7 @@ class Loop:
 
 def make_step(adapter: Adapter, pattern: Pattern) -> Step:
     """A model call that computes, reads and writes what `pattern` says."""
-    computes, reads, writes = pattern
+    computes, reads, writes, _ = pattern
     names, channels = adapter.graph.names, adapter.sample_shape[0]
     row: Any = tuple(name in computes for name in names)  # plain bools: under torch.compile, numpy's are tensors
     read, written = ([names.index(name) for name in some] for some in (reads, writes))

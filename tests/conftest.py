@@ -18,6 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from hcompress.adapter import Adapter
     from hcompress.caching.problem import Method, Problem
+    from hcompress.corrections import Corrections
     from hcompress.schedule import Identity, Schedule
     from hcompress_runtime.table import SolverTable
 
@@ -209,6 +210,24 @@ def random_mask(calls: int, branches: int, *, reuse: float = 0.5, seed: int = 0)
     return mask
 
 
+def random_corrections(mask: np.ndarray, widths: tuple[int, ...], *, seed: int = 0, older: bool = True) -> Corrections:
+    """Of a mask: of what is reused a quarter yields its slot as it is, the rest is corrected, half of that by p too.
+
+    older: whether p is looked at anywhere. Vectors are small, so samples stay of the order of 1.
+    """
+    from hcompress.corrections import Corrections, history
+
+    random = np.random.default_rng(seed)
+    kind = random.random(mask.shape)
+
+    def term(where: np.ndarray, size: float) -> tuple[np.ndarray, ...]:
+        rows = [random.uniform(-size, size, (len(mask), width)).astype(np.float32) for width in widths]
+        return tuple(row * where[:, [n]] for n, row in enumerate(rows))
+
+    some, by_p = ~mask & (kind > 0.25), history(mask) & (kind > 0.6) & older
+    return Corrections("corrected", term(some, 0.3), term(by_p, 0.8), term(some, 0.2))
+
+
 @dataclass(frozen=True)
 class Exported:
     """An adapter under a schedule, and the bundle at `path` that came of it."""
@@ -228,15 +247,19 @@ def export(
     solver: str = "ddim",
     cfg: float = CFG,
     layout: str = "embedded",
+    corrections: Corrections | None = None,
+    **options: Any,
 ) -> Exported:
-    """Export `adapter` under `mask` (None: dense) to `path`."""
+    """Export `adapter` under `mask` (None: dense) to `path`; options as `export_bundle` takes them."""
     from hcompress.schedule import Schedule
     from hcompress_export.bundle import export_bundle
 
     table, solver_identity = make_table(solver)
     identity = adapter.identity("tiny", solver_identity, cfg)
-    schedule = None if mask is None else Schedule(mask, adapter.graph.names, identity, {"name": "random"})
-    export_bundle(adapter, table, identity, path, cfg=cfg, schedule=schedule, layout=layout)
+    schedule = None
+    if mask is not None:
+        schedule = Schedule(mask, adapter.graph.names, identity, {"name": "random"}, corrections=corrections)
+    export_bundle(adapter, table, identity, path, cfg=cfg, schedule=schedule, layout=layout, **options)
     return Exported(adapter, table, identity, schedule, path)
 
 

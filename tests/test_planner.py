@@ -65,7 +65,7 @@ def test_weights_and_caches_are_those_of_the_plan(
     whole = 4 * (graph.other_params + sum(branch.params for branch in graph.branches))
     absent = {branch.name: 4 * branch.params for branch in graph.branches}
     assert found["embedded"].weight_bytes == sum(
-        whole - sum(absent[name] for name in reads) for _, reads, _ in plan.patterns
+        whole - sum(absent[name] for name in reads) for _, reads, _, _ in plan.patterns
     )
     assert found["per-mask"].weight_bytes == found["switch"].weight_bytes == whole
     assert found["embedded"].cache_bytes == found["per-mask"].cache_bytes == plan.peak_cache_bytes(3, 4)

@@ -22,9 +22,11 @@ from torch import nn
 
 import hcompress
 from hcompress.adapter import Adapter
+from hcompress.corrections import Corrections
 from hcompress.errors import BundleError, DiskError
 from hcompress.sampling import constants_of
 from hcompress.schedule import Identity, Schedule
+from hcompress_export.correct import vectors_of
 from hcompress_export.decoder import write_decoder
 from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
@@ -33,7 +35,7 @@ from hcompress_export.switch import switch_graph
 from hcompress_export.trace import trace
 from hcompress_export.update import write_update
 from hcompress_export.weights import write_weights
-from hcompress_runtime.bundle import CONSTANTS, FORMAT, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
+from hcompress_runtime.bundle import CONSTANTS, FORMATS, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
 from hcompress_runtime.conditions import Input
 from hcompress_runtime.files import sha256, write_atomically
 from hcompress_runtime.plan import Pattern, Plan
@@ -75,20 +77,21 @@ def export_bundle(
     if schedule:
         schedule.check_fits(adapter.graph, identity)
     compute = schedule.compute if schedule else np.ones((table.num_calls, len(adapter.graph)), np.bool_)
-    plan = freeze(adapter.graph, compute, widen=widen)
+    corrections = schedule.corrections if schedule else None
+    plan = freeze(adapter.graph, compute, corrections, widen=widen, finish=layout != "switch")
     with _replacing(Path(out)) as folder:
         if traced is None:
             traced = trace(adapter, cfg, opset=opset, learned_variance=table.learned is not None)
         graphs, file_of = _write_graphs(folder, traced, plan, layout)
         write_update(folder, adapter.sample_shape, table.num_calls, opset=traced.opset_imports[""])
-        write_atomically(folder / CONSTANTS, save(_constants(adapter, table)))
+        write_atomically(folder / CONSTANTS, save(_constants(adapter, table, plan, corrections)))
         if schedule:
             schedule.save(folder / SCHEDULE)
         if decoder:
             write_decoder(folder, decoder, adapter.sample_shape)
         frozen = plan.to_json()
         manifest = {
-            "format": FORMAT,
+            "format": FORMATS[any(step.corrects for step in plan.steps)],
             "layout": layout,
             "identity": asdict(identity),
             "method": schedule.method if schedule else {"name": "dense"},
@@ -121,7 +124,7 @@ def export_bundle(
 def _write_graphs(folder: Path, traced: ir.Model, plan: Plan, layout: str) -> tuple[dict[str, Any], dict[Pattern, str]]:
     """Write weights and graphs; say what each graph file holds and which file runs a pattern."""
     if layout == "switch":
-        one = switch_graph(traced, plan.branches, plan.slots)
+        one = switch_graph(traced, plan)
         models = dict.fromkeys(plan.patterns, one)
     else:
         models = {pattern: step_graph(traced, pattern) for pattern in plan.patterns}
@@ -156,7 +159,9 @@ def _guidance(adapter: Adapter, cfg: float) -> dict[str, Any]:
     return halves | {"guided_channels": adapter.guided_channels}
 
 
-def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
+def _constants(
+    adapter: Adapter, table: SolverTable, plan: Plan, corrections: Corrections | None
+) -> dict[str, NDArray[Any]]:
     """The solver table and the step constants, T rows each, and the defaults of conditions, a row each.
 
     Steps and defaults are float32, which a graph in a half rounds to just what the adapter computes with.
@@ -164,6 +169,8 @@ def _constants(adapter: Adapter, table: SolverTable) -> dict[str, NDArray[Any]]:
     with torch.no_grad():
         rows = constants_of(adapter, table)
     steps = {f"step.{name}": torch.cat([row[name] for row in rows]).float().cpu().numpy() for name in rows[0]}
+    if corrections is not None:
+        steps |= {f"step.{name}": rows for name, rows in vectors_of(plan, corrections).items()}
     defaults = {name: one.default for name, one in adapter.conditions.items() if one.default is not None}
     rows_of = {f"condition.{name}": default[None].astype(np.float32) for name, default in defaults.items()}
     tables = {f"table.{name}": value for name, value in asdict(table).items() if value is not None}

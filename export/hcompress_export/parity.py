@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from hcompress.adapter import Adapter
+from hcompress.corrections import Corrections
 from hcompress.errors import BundleError
-from hcompress.sampling import solver_noises, start_noise, trajectory
+from hcompress.sampling import corrected, solver_noises, start_noise, terms_of, trajectory
 from hcompress_runtime.conditions import Given, complete, example, take
 from hcompress_runtime.engine import Value
 from hcompress_runtime.files import write_atomically
@@ -51,6 +53,7 @@ def drifts(
     runtime: Runtime,
     labels: Given,
     compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
     *,
     seed: int = 0,
 ) -> list[Drift]:
@@ -58,6 +61,7 @@ def drifts(
 
     labels:  or arrays, as `Runtime.generate` takes them
     compute: bool[T, N] that the bundle was frozen from; None is the dense model
+    corrections: that it was frozen with
     """
     rows = complete(runtime.bundle.conditions, labels)
     count = len(next(iter(rows.values())))
@@ -67,19 +71,28 @@ def drifts(
     start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, table, seed, streams)
     condition, outputs = adapter.condition(rows), list[torch.Tensor]()
     held: dict[str, Value] = {}
+    older: dict[int, torch.Tensor] = {}
+    terms = terms_of(adapter, corrections, table.num_calls)
     given = {name: runtime.put(array) for name, array in rows.items()}
     found = []
-    calls = trajectory(adapter, table, condition, start, cfg=runtime.bundle.cfg, compute=compute, noises=noises)
+    cfg = runtime.bundle.cfg
+    calls = trajectory(
+        adapter, table, condition, start, cfg=cfg, compute=compute, corrections=corrections, noises=noises
+    )
     for call, (x, output, slots) in enumerate(calls):
         outputs.append(output)
         noise = table.noise_input(call, [*map(_array, noises)], tuple(x.shape))
         now = given | {name: runtime.put(array) for name, array in noise.items()}
         got, written = runtime.step(call, runtime.put(_array(x)), now, held)
         want = {name: slots[index] for index, name in enumerate(adapter.graph.names) if name in written}
+        for name in want.keys() & {*runtime.bundle.plan.steps[call].corrects}:  # finished: what the next call yields
+            branch = adapter.graph.names.index(name)
+            want[name] = corrected(want[name], older.get(branch), terms[call + 1][branch])
         arrays = {f"cache_out.{name}": (runtime.to_numpy(value), want[name]) for name, value in written.items()}
         arrays |= {"model_output": (runtime.to_numpy(got), output)}
         found.append(Drift(call, "latent", _relative(chained[call], x)))
         found += [Drift(call, name, _relative(array, reference)) for name, (array, reference) in arrays.items()]
+        older = dict(slots)
     finished = table.combine(table.num_calls, start, outputs, noises)
     return [*found, Drift(table.num_calls, "sample", _relative(chained[-1], finished))]
 
@@ -89,11 +102,12 @@ def parity(
     runtime: Runtime,
     labels: Given,
     compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
     *,
     seed: int = 0,
 ) -> NDArray[np.float64]:
     """The drift of the latents, float64[T + 1]: what each call is given, then the finished samples."""
-    return _latents(drifts(adapter, runtime, labels, compute, seed=seed))
+    return _latents(drifts(adapter, runtime, labels, compute, corrections, seed=seed))
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
@@ -112,6 +126,7 @@ def allowed(
     runtime: Runtime,
     labels: Given,
     compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
     *,
     seed: int = 0,
 ) -> float:
@@ -129,10 +144,8 @@ def allowed(
     streams = range(len(next(iter(rows.values()))))
     start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, bundle.table, seed, streams)
     condition, nudge = adapter.condition(take(rows, streams)), 1 + NUDGE * torch.finfo(adapter.dtype).eps
-    one, other = (
-        trajectory(adapter, bundle.table, condition, x, cfg=bundle.cfg, compute=compute, noises=noises)
-        for x in (start, nudge * start)
-    )
+    walk = partial(trajectory, adapter, bundle.table, condition, cfg=bundle.cfg, compute=compute, noises=noises)
+    one, other = (walk(x, corrections=corrections) for x in (start, nudge * start))
     own = max(QUANTIZED, limit)
     for (_, output, slots), (_, moved, theirs) in zip(one, other, strict=True):
         pairs = [(output, moved), *((slots[index], theirs[index]) for index in slots)]
@@ -145,7 +158,12 @@ def first_drift(found: Sequence[Drift], tolerance: float) -> Drift | None:
     return next((drift for drift in found if not drift.error <= tolerance), None)
 
 
-def prove(adapter: Adapter, folder: Path, compute: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+def prove(
+    adapter: Adapter,
+    folder: Path,
+    compute: NDArray[np.bool_] | None = None,
+    corrections: Corrections | None = None,
+) -> NDArray[np.float64]:
     """The `parity` of the bundle in `folder` over a sample of each class (ten at most); leaves them as preview.png.
 
     Where there are no classes it is over two samples of made-up embeddings.
@@ -155,8 +173,8 @@ def prove(adapter: Adapter, folder: Path, compute: NDArray[np.bool_] | None = No
     with Runtime(folder) as runtime:
         inputs = runtime.bundle.conditions
         given = example(inputs, min(10, inputs["labels"].classes or 1) if "labels" in inputs else 2)
-        found = drifts(adapter, runtime, given, compute)
-        tolerance = allowed(adapter, runtime, given, compute)
+        found = drifts(adapter, runtime, given, compute, corrections)
+        tolerance = allowed(adapter, runtime, given, compute, corrections)
         if drift := first_drift(found, tolerance):
             raise BundleError(
                 f"ONNX Runtime and PyTorch differ by {drift.error:.1e} in {drift.tensor} of call {drift.call} "

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+from hcompress_export.correct import correct
 from hcompress_export.narrow import narrow
-from hcompress_runtime.plan import Pattern
+from hcompress_runtime.plan import Pattern, before
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,9 @@ class Region:
 
 def step_graph(traced: ir.Model, pattern: Pattern) -> ir.Model:
     """The graph of a step of `pattern`: absent branches and what only they used left out. Copies `traced`."""
-    _, reads, writes = pattern
     model = traced.clone()
-    expose(model, writes)
-    reuse(model, reads)
+    expose(model, pattern)
+    reuse(model, pattern)
     remove_unused(model)
     narrow(model)
     remove_unused(model)
@@ -134,23 +134,39 @@ def content_key(tensor: ir.TensorProtocol) -> str:
     return hashlib.sha256(head + tensor.tobytes()).hexdigest()[:32]
 
 
-def expose(model: ir.Model, writes: tuple[str, ...]) -> None:
+def expose(model: ir.Model, pattern: Pattern) -> None:
     """Before: outputs `model_output` and `cache.<branch>` for all. After: `model_output` and `cache_out.<slot>`."""
-    outputs = {value.name: value for value in model.graph.outputs}
-    model.graph.outputs.clear()  # a value that is still an output cannot have its uses replaced
-    model.graph.outputs.extend([outputs["model_output"], *(outputs[f"cache.{name}"] for name in writes)])
-    for name in writes:
-        outputs[f"cache.{name}"].name = f"cache_out.{name}"
+    graph = model.graph
+    outputs = {value.name: value for value in graph.outputs}
+    graph.outputs.clear()  # a value that is still an output cannot have its uses replaced
+    graph.outputs.append(outputs["model_output"])
+    for name in pattern.writes:
+        value = outputs[f"cache.{name}"]
+        if name in pattern.corrects:
+            value = _corrected(graph, value, value, name, pattern)
+        value.name = f"cache_out.{name}"
+        graph.outputs.append(value)
 
 
-def reuse(model: ir.Model, reads: tuple[str, ...]) -> None:
-    """Before: a value `cache.<branch>` for each of `reads`, none an output. After: inputs `cache_in.<slot>` instead."""
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    for name in reads:
+def reuse(model: ir.Model, pattern: Pattern) -> None:
+    """Before: values `cache.<branch>` of what is read, none an output. After: inputs `cache_in.<slot>` instead."""
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    for name in pattern.reads:
         branch = values[f"cache.{name}"]
         slot = ir.Value(name=f"cache_in.{name}", shape=branch.shape, type=branch.type)
-        model.graph.inputs.append(slot)
-        ir.convenience.replace_all_uses_with(branch, slot)
+        graph.inputs.append(slot)
+        value = _corrected(graph, branch, slot, name, pattern) if name in pattern.corrects else slot
+        ir.convenience.replace_all_uses_with(branch, value)
+
+
+def _corrected(graph: ir.Graph, branch: ir.Value, c: ir.Value, name: str, pattern: Pattern) -> ir.Value:
+    """`c` corrected, behind what computes `branch`."""
+    value, nodes = correct(graph, c, name, p=before(name) in pattern.corrects)
+    if (last := branch.producer()) is None:
+        raise AssertionError(f"nothing computes {branch.name}")
+    graph.insert_after(last, nodes)
+    return value
 
 
 def remove_unused(model: ir.Model) -> None:

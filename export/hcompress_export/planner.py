@@ -96,7 +96,7 @@ def estimate(
     engines = _builds_engines(backend)
     plan = freeze(graph, compute, widen=widen)
     params_of = {branch.name: branch.params for branch in graph.branches}
-    patterns = [computes for computes, _, _ in plan.patterns]
+    patterns = [pattern.computes for pattern in plan.patterns]
     each = itemsize if weight_bytes is None else weight_bytes / graph.total_params
     params = [graph.other_params + sum(params_of[name] for name in computes) for computes in patterns]
     used = [int(each * count) for count in params]

@@ -1,7 +1,7 @@
 """One graph for all steps: an `If` round every branch that some step reuses, with the step's row of the mask as input.
 
     compute[i]  ──▶ If ── then: the nodes that only branch i needs, weights taken from the graph around it
-                      └── else: cache_in.<branch>
+                      └── else: cache_in.<branch>, corrected if some step does
 
 One session then serves all steps, so weights are held once and may be packed for the kernels, however many patterns a
 schedule has. What is given up: inside one graph no slot can be left out, so every branch that is ever reused has an
@@ -14,16 +14,20 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
+from hcompress_export.correct import correct
 from hcompress_export.passes import remove_unused
+from hcompress_runtime.plan import Plan, before
 
 COMPUTE = "compute"
 
 
-def switch_graph(traced: ir.Model, branches: Sequence[str], switched: Collection[str]) -> ir.Model:
-    """The graph of every step: `switched` of all `branches` are computed where `compute`, bool[N], says so.
+def switch_graph(traced: ir.Model, plan: Plan) -> ir.Model:
+    """The graph of every step of `plan`, which finishes nothing: what is ever reused is computed where `compute` says.
 
-    traced: see trace.py; is copied. In: `compute`, `cache_in.<slot>` for all of `switched`; out: `cache_out.<slot>`.
+    traced: see trace.py; is copied. In: `compute`, bool[N], and `cache_in.<slot>` for all slots of `plan`; out:
+    `cache_out.<branch>` for those that are ever reused.
     """
+    branches, corrects = plan.branches, {name for step in plan.steps for name in step.corrects}
     model = traced.clone()
     graph = model.graph
     mask = ir.Value(name=COMPUTE, shape=ir.Shape([len(branches)]), type=ir.TensorType(ir.DataType.BOOL))
@@ -32,14 +36,16 @@ def switch_graph(traced: ir.Model, branches: Sequence[str], switched: Collection
     graph.outputs.append(outputs["model_output"])
     graph.inputs.append(mask)
     for index, name in enumerate(branches):
-        if name in switched:
+        if name in plan.slots:
             # At once an output, so that no later branch takes it in: in joint attention one may be all that reads it.
-            graph.outputs.append(_switch(graph, outputs[f"cache.{name}"], mask, index, name))
+            graph.outputs.append(_switch(graph, outputs[f"cache.{name}"], mask, index, name, corrects))
     remove_unused(model)
     return model
 
 
-def _switch(graph: ir.Graph, branch: ir.Value, mask: ir.Value, index: int, name: str) -> ir.Value:
+def _switch(
+    graph: ir.Graph, branch: ir.Value, mask: ir.Value, index: int, name: str, corrects: Collection[str]
+) -> ir.Value:
     """Put an If round what computes `branch`; its output takes the branch's place."""
     last = branch.producer()
     if last is None:
@@ -50,17 +56,20 @@ def _switch(graph: ir.Graph, branch: ir.Value, mask: ir.Value, index: int, name:
     graph.initializers[f"branch.{index}"] = at
     condition = ir.Node("", "Gather", [mask, at])
     condition.outputs[0].name = f"compute.{name}"
-    kept = ir.Node("", "Identity", [slot])
+    if name in corrects:
+        _, kept = correct(graph, slot, name, p=before(name) in corrects)
+    else:
+        kept = [ir.Node("", "Identity", [slot])]
     chosen = ir.Node("", "If", [condition.outputs[0]])
     graph.insert_after(last, [condition, chosen])
     result = chosen.outputs[0]
     ir.convenience.replace_all_uses_with(branch, result)
     inside = exclusive(graph, last)
     graph.remove(inside)
-    for value, what in ((kept.outputs[0], "kept"), (branch, "computed"), (result, "cache_out")):
+    for value, what in ((kept[-1].outputs[0], "kept"), (branch, "computed"), (result, "cache_out")):
         value.name, value.shape, value.type = f"{what}.{name}", branch.shape, branch.type
     chosen.attributes["then_branch"] = ir.AttrGraph("then_branch", _body("then", [*inside], branch))
-    chosen.attributes["else_branch"] = ir.AttrGraph("else_branch", _body("else", [kept], kept.outputs[0]))
+    chosen.attributes["else_branch"] = ir.AttrGraph("else_branch", _body("else", kept, kept[-1].outputs[0]))
     return result
 
 

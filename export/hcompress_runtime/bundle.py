@@ -19,7 +19,7 @@ from hcompress_runtime.errors import BundleError
 from hcompress_runtime.plan import Plan
 from hcompress_runtime.table import SolverTable
 
-FORMAT = "hcompress-bundle-1"
+FORMATS = ("hcompress-bundle-1", "hcompress-bundle-2")  # the second: some step corrects what it reuses
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
 WEIGHTS = "graphs/weights.safetensors"  # beside the graphs: ONNX external data may not lie outside the graph's folder
@@ -141,8 +141,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read as JSON ({error}); {AGAIN}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise BundleError(f"{path} has format {found!r}, this version reads {FORMAT!r}; export it again")
+    if found not in [*FORMATS]:  # a list compares with anything
+        known = " and ".join(map(repr, FORMATS))
+        raise BundleError(f"{path} has format {found!r}, this version reads {known}; export it again")
     return dict(manifest)
 
 

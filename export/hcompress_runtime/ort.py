@@ -12,8 +12,9 @@ A bundle is several sessions that run in turn, and ONNX Runtime gives each its o
 
 With `capture`, CUDA replays each call as a graph (the provider's `enable_cuda_graph`). A recording holds for the
 addresses it was made with, so outputs are written where the last of their name was: `cache_out.<slot>` has one place in
-all sessions, which no step both reads and writes; `ahead_next` has two in turn. Slots then take room for all, not the
-plan's peak. A recording is made when the same addresses have come together twice. Nobody has run this on a GPU yet.
+all sessions, which no step both reads and writes; `ahead_next` has two in turn, as has a slot whose last value is kept
+as `<slot>.before`. Slots then take room for all, not the plan's peak. A recording is made when the same addresses have
+come together twice. Nobody has run this on a GPU yet.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ class OnnxRuntime(Engine):
             self.session.run_with_iobinding(binding)
             return dict(zip(self.outputs, binding.get_outputs(), strict=True))
         addresses = [value.data_ptr() for value in given.values()]
-        places = {name: self.places.find(name, {*addresses}) for name in self.outputs}
+        held = {value.data_ptr() for value in inputs.values()}  # also what a later call will be given
+        places = {name: self.places.find(name, held) for name in self.outputs}
         for name, place in places.items():
             if place is None:
                 binding.bind_output(name, self.provider)

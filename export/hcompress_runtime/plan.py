@@ -10,9 +10,16 @@ reuses it. That makes liveness exact, and known before anything runs:
 A step may also write what the next call does not read, so as to share the graph of a step whose next call does; then
 it frees that slot at once.
 
-A slot holds the output of one branch before its gate. What a reused branch yields is today its slot, as it is. A
-correction (a small function of slots and step constants) would be named in `Step`, beside `reads`; nothing else here
-assumes that a reused branch reads exactly one slot.
+A slot holds the output of one branch before its gate, and what a reused branch yields is that, as it is or corrected:
+
+    v = gain c + before p + offset          c: what was computed last, p: before that; vectors of the step, [width]
+
+A correction that looks at p needs a second slot, `<branch>.before`. Of the ways to have c and c - p at hand this moves
+least: c is written once, is read as c, and becomes p when the branch is computed again, by a change of names. Kept as c
+and c - p, a computing call would read p, write twice and hold three values; this way no call holds more than two. So p
+lives from the call that computes c to the last one that is corrected by it, and a value that only a later correction
+reads is written although no call reuses it. Where c has a single reader, the call that computes it may write the
+finished v in its place: the reusing call is then one of plain reuse, and p is free a call earlier.
 
 `hcompress_export.freeze` makes plans from masks; this module only knows what a plan is.
 """
@@ -22,10 +29,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
-Pattern = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
-"""(computes, reads, writes): steps with equal patterns are one graph."""
+OPTIONAL = ("keeps", "corrects")  # of a step, where a plan is written down
+
+
+def before(branch: str) -> str:
+    """The slot of what `branch` computed before it computed what its own slot holds."""
+    return f"{branch}.before"
+
+
+class Pattern(NamedTuple):
+    """What decides the graph of a step: steps with equal patterns are one graph. See Step; `reads` are of its graph."""
+
+    computes: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    corrects: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,20 +53,28 @@ class Step:
     """One model call.
 
     computes: branches that are evaluated, in execution order; all others are reused
-    reads:    slots that the reused branches yield
+    reads:    slots that the reused branches yield, then those that corrections ask for beside them
     writes:   slots that take what a computed branch gave: the next call reads it, or the one after an equal step
     frees:    slots that no later call reads before they are written again
+    keeps:    computed branches whose slot becomes `before(slot)`, before all else
+    corrects: what enters corrections: branches, whose value is corrected when it is read or, where they are computed,
+              when it is written; and `before` of those where p counts. A step that shares the graph of one where it
+              does may have no p: the graph is then given c in its place, and the vectors of the step leave it out
     """
 
     computes: tuple[str, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     frees: tuple[str, ...]
+    keeps: tuple[str, ...] = ()
+    corrects: tuple[str, ...] = ()
 
     @property
     def pattern(self) -> Pattern:
         """What decides the graph of this step."""
-        return self.computes, self.reads, self.writes
+        older = {before(name) for name in self.corrects}
+        reused = tuple(name for name in self.reads if name not in older)
+        return Pattern(self.computes, reused, self.writes, self.corrects)
 
 
 @dataclass(frozen=True)
@@ -67,14 +95,25 @@ class Plan:
     def __post_init__(self) -> None:
         live: set[str] = set()
         for t, step in enumerate(self.steps):
-            for name in {*step.reads, *step.writes, *step.frees} - self.slots.keys():
+            kept = {before(name) for name in step.keeps}
+            older = {before(name) for name in step.corrects}
+            for name in ({*step.reads, *step.writes, *step.frees} | kept) - self.slots.keys():
                 raise ValueError(f"step {t} uses slot {name!r}, which has no shape")
-            for name in {*step.computes, *step.writes} - {*self.branches}:
+            for name in {*step.computes, *step.writes, *step.keeps} - {*self.branches}:
                 raise ValueError(f"step {t} computes {name!r}, which is no branch")
-            for name in {*step.writes} - {*step.computes}:
+            for name in {*step.writes, *step.keeps} - {*step.computes}:
                 raise ValueError(f"step {t} writes slot {name!r} but does not compute it")
+            for name in {*step.corrects} - {*step.reads, *step.writes} - older:
+                raise ValueError(f"step {t} corrects {name!r}, which it neither reads nor writes")
+            for name in {*step.reads} - {*self.branches, *step.corrects}:
+                raise ValueError(f"step {t} reads slot {name!r} but corrects nothing by it")
+            for name in {*step.keeps} - live | kept & live:
+                raise ValueError(f"step {t} keeps slot {name!r}, which holds nothing, or its place is taken")
+            live = live - {*step.keeps} | kept
             for name in {*step.reads} - live:
                 raise ValueError(f"step {t} reads slot {name!r}, which nothing has written")
+            for name in {*step.writes} & live:
+                raise ValueError(f"step {t} writes slot {name!r} over what it holds")
             live |= {*step.writes}
             for name in {*step.frees} - live:
                 raise ValueError(f"step {t} frees slot {name!r}, which holds nothing")
@@ -102,19 +141,29 @@ class Plan:
     def _peak(self, size: Callable[[Iterable[str]], int]) -> int:
         peak, live = 0, set[str]()
         for step in self.steps:
-            live |= {*step.writes}
+            live = live - {*step.keeps} | {before(name) for name in step.keeps} | {*step.writes}
             peak = max(peak, size(live))
             live -= {*step.frees}
         return peak
 
     def to_json(self) -> dict[str, Any]:
-        """Plain tuples and dicts; `from_json` reads them back, from JSON too."""
-        return asdict(self)
+        """Plain tuples and dicts; `from_json` reads them back, from JSON too.
+
+        What only corrections need is left out of a step that has none, so a plan of plain reuse reads as it always did.
+        """
+        plain = asdict(self)
+        steps = [
+            {name: names for name, names in step.items() if names or name not in OPTIONAL} for step in plain["steps"]
+        ]
+        return plain | {"steps": tuple(steps)}
 
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> Plan:
         """The plan that `to_json` described. Raises KeyError, TypeError or ValueError where it is none."""
-        steps = [Step(*(_names(step[f.name]) for f in fields(Step))) for step in plain["steps"]]
+        steps = [
+            Step(*(_names(step.get(f.name, ()) if f.name in OPTIONAL else step[f.name]) for f in fields(Step)))
+            for step in plain["steps"]
+        ]
         slots = {name: tuple(int(size) for size in shape) for name, shape in plain["slots"].items()}
         return Plan(_names(plain["branches"]), slots, tuple(steps))
 

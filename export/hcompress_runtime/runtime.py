@@ -24,6 +24,7 @@ from hcompress_runtime.engine import Engine, Value
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.ort import open_session, sessions_of
+from hcompress_runtime.plan import before
 from hcompress_runtime.trt import engines_of
 
 OnStep = Callable[[int, NDArray[np.float32]], object]
@@ -132,7 +133,10 @@ class Runtime:
                             the conditions if the graphs want it, see hcompress_runtime.table
         """
         plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
-        held = {f"cache_in.{name}": value for name, value in slots.items()}
+        for name in plan.keeps:
+            slots[before(name)] = slots.pop(name)
+        held = {f"cache_in.{before(name)}": value for name, value in slots.items()}  # where there is no other yet
+        held |= {f"cache_in.{name}": value for name, value in slots.items()}
         results = engine.infer({"latent": latent, **conditions, **self._constants[call], **held})
         written = {name: results[f"cache_out.{name}"] for name in plan.writes}
         slots |= written
