@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hcompress.branches import BranchGraph
+from hcompress.corrections import taylor
 from hcompress.errors import InputError, ScheduleError
 from hcompress.lowbit.artefact import FILE, network_bytes, read_origin
 from hcompress.models.decoder import load_decoder
@@ -27,15 +29,34 @@ from hcompress_runtime.engine_cache import gpu_here
 
 
 def open_source(
-    source: str, schedule: str | None, *, dense: bool, solver: str, steps: int, cfg: float
+    source: str,
+    schedule: str | None,
+    *,
+    dense: bool,
+    solver: str,
+    steps: int,
+    cfg: float,
+    reuse: str | None = None,
 ) -> tuple[Setting, Schedule | None]:
     """The setting of a finished run folder, or of a MODEL under `schedule`; a schedule too, unless `dense`.
+
+    reuse: the rule that the schedule is to run under, where that takes no fit; None leaves it its own
 
     A folder of `hcompress quantize` is a MODEL with solver, steps and guidance of its own, and perhaps a schedule; it
     is exported dense where it has none.
 
     Raises RunError, ModelError, SolverError, ScheduleError; InputError for a MODEL without a schedule.
     """
+    setting, found = _open(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg)
+    if found is None and reuse not in (None, "plain"):
+        raise InputError(f"nothing is reused without a schedule; leave out --reuse {reuse}, or --dense")
+    return setting, found and found.reusing(reuse, setting.adapter.graph)
+
+
+def _open(
+    source: str, schedule: str | None, *, dense: bool, solver: str, steps: int, cfg: float
+) -> tuple[Setting, Schedule | None]:
+    """As it was learned."""
     if own := own_flags(source):
         solver, steps, cfg = own["solver.name"], own["solver.steps"], own["cfg"]
         theirs = RunDir(Path(source)).schedule
@@ -122,17 +143,25 @@ def decide(
         raise InputError(f"there is no precision {dtype!r}; choose from: {', '.join(ITEM_BYTES)}")
     graph, given_up = setting.adapter.graph, 0.0
     compute: NDArray[np.bool_] = np.ones((setting.table.num_calls, len(graph)), np.bool_)
+    if schedule and max_graphs is not None:
+        merged, extra = merge(graph, schedule.compute, max_graphs)
+        given_up = extra / graph.total_macs(schedule.compute)
+        schedule = _remasked(schedule, merged, graph, max_graphs)
     if schedule:
         compute = schedule.compute
-        if max_graphs is not None:
-            compute, extra = merge(graph, compute, max_graphs)
-            given_up = extra / graph.total_macs(schedule.compute)
-            method = schedule.method | {"max_graphs": max_graphs}
-            schedule = replace(schedule, compute=compute, method=method, logits=None)
     rows = batch * (1 if setting.cfg == 1.0 else 2)
     itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
     few_bits = network_bytes(setting.adapter, itemsize) if layers_of(setting.adapter.network) else None
-    every = estimate(graph, compute, rows=rows, itemsize=itemsize, backend=backend, widen=widen, weight_bytes=few_bits)
+    every = estimate(
+        graph,
+        compute,
+        schedule.corrections if schedule else None,
+        rows=rows,
+        itemsize=itemsize,
+        backend=backend,
+        widen=widen,
+        weight_bytes=few_bits,
+    )
     if ENGINES[backend]:
         every = [one for one in every if one.layout != "switch"]  # its If would cut TensorRT's fusions
     estimates = {one.layout: one for one in every}
@@ -146,6 +175,24 @@ def decide(
         needed, allowed = (f"{size / 1e6:.1f} MB" for size in (chosen.device_bytes, memory_budget))
         raise InputError(f"{layout} needs {needed}, over the budget of {allowed}; raise it or pass --layout auto")
     return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.")
+
+
+def _remasked(schedule: Schedule, merged: NDArray[np.bool_], graph: BranchGraph, max_graphs: int) -> Schedule:
+    """`schedule` with its masks merged: what is reused then continues other values, from other calls.
+
+    Differences follow from the mask and are taken anew. What was fitted holds for the mask it was fitted on only.
+    Raises ScheduleError where that would be another.
+    """
+    corrections, added = schedule.corrections, int((merged & ~schedule.compute).sum())
+    if added and schedule.reuse == "corrected":
+        raise ScheduleError(
+            f"--max-graphs {max_graphs} computes {added} values that this schedule reuses, and its corrections were "
+            "fitted on what it computes itself; leave --max-graphs out, or pass --reuse taylor or plain"
+        )
+    if corrections is not None and added:
+        corrections = taylor(merged, graph.widths)
+    method = schedule.method | {"max_graphs": max_graphs}
+    return replace(schedule, compute=merged, method=method, logits=None, corrections=corrections)
 
 
 def deploy(
@@ -162,13 +209,13 @@ def deploy(
     The weights of `setting` are in `dtype` from then on. Raises what `export_bundle` and `prove` raise.
     """
     schedule, errors = decision.schedule, list[float]()
-    compute = schedule.compute if schedule else None
+    frozen = (schedule.compute, schedule.corrections) if schedule else ()
     adapter = setting.adapter.to(getattr(torch, dtype))
 
     def inspect(folder: Path) -> None:
         if proven:
             progress("comparing with PyTorch")
-            errors.extend(prove(adapter, folder, compute).tolist())
+            errors.extend(prove(adapter, folder, *frozen).tolist())
 
     progress("tracing, cutting, writing")
     bundle = export_bundle(

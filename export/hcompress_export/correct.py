@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
 from hcompress.corrections import Corrections
+from hcompress_runtime.bundle import CORRECTION
 from hcompress_runtime.plan import Plan, before
-
-CORRECTION = "correction."  # and a branch: the name of its step constant
 
 
 def correct(graph: ir.Graph, c: ir.Value, branch: str, *, p: bool) -> tuple[ir.Value, list[ir.Node]]:

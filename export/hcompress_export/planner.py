@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcompress.branches import BranchGraph
+from hcompress.corrections import Corrections
 from hcompress.errors import InputError
 from hcompress_export.freeze import freeze
 from hcompress_runtime.ort import PREPACK_LIMIT_BYTES
+from hcompress_runtime.plan import Plan
 
 ENGINES = {"ort-cpu": False, "ort-cuda": False, "tensorrt": True, "rtx": True}
 """The backends; whether each compiles graphs into engines, which lie on disk beside them."""
@@ -53,7 +55,8 @@ class Estimate:
     layout:        `embedded`, `per-mask` or `switch`
     num_graphs:    that are loaded, or built into engines
     disk_bytes:    of the bundle: graphs, the weight file, and engines where the backend builds any
-    weight_bytes:  of all copies of weights that are held to run, on the device or, for ort-cpu, in memory
+    weight_bytes:  of all copies of weights that are held to run, on the device or, for ort-cpu, in memory, and of the
+                   vectors of corrections
     cache_bytes:   of the slots that hold something at once, at most
     scratch_bytes: of what graphs need while they run, once for all, and of the engines' own code
     build_s:       to load all graphs or to build all engines; the trace that every layout starts from is not in it
@@ -76,6 +79,7 @@ class Estimate:
 def estimate(
     graph: BranchGraph,
     compute: NDArray[np.bool_],
+    corrections: Corrections | None = None,
     *,
     rows: int,
     itemsize: int,
@@ -83,7 +87,7 @@ def estimate(
     widen: bool = False,
     weight_bytes: int | None = None,
 ) -> list[Estimate]:
-    """An Estimate of each layout, for `compute`, bool[T, N].
+    """An Estimate of each layout, for `compute`, bool[T, N], and the corrections of what it reuses.
 
     rows:     of the network's batch: samples, doubled by guidance
     itemsize: bytes of an element of slots and activations, and of weights
@@ -94,7 +98,7 @@ def estimate(
     Raises ScheduleError for a mask that does not fit, InputError for another backend.
     """
     engines = _builds_engines(backend)
-    plan = freeze(graph, compute, widen=widen)
+    plan = freeze(graph, compute, corrections, widen=widen)
     params_of = {branch.name: branch.params for branch in graph.branches}
     patterns = [pattern.computes for pattern in plan.patterns]
     each = itemsize if weight_bytes is None else weight_bytes / graph.total_params
@@ -104,19 +108,20 @@ def estimate(
     whole = int(each * graph.total_params)
     peak = plan.peak_cache_bytes(rows, itemsize)
     slots = rows * itemsize * sum(prod(shape) for shape in plan.slots.values())
+    vectors, stored = _vector_bytes(plan, graph), 0 if corrections is None else 12 * len(compute) * sum(graph.widths)
     activations = rows * itemsize * _scratch_elements(graph, fused=engines)
 
     def layout(name: str, computed: list[int], params: list[int], held: int, cache_bytes: int) -> Estimate:
         """computed: branches in each graph; params: of each; held: bytes of all copies of weights that are made."""
         inside = 0 if name == "per-mask" else held
         code = sum(map(_engine_bytes, computed)) if engines else 0
-        disk_bytes = whole + sum(_graph_bytes(len(graph), count) for count in computed)
+        disk_bytes = whole + vectors + stored + sum(_graph_bytes(len(graph), count) for count in computed)
         if engines:
             disk_bytes += inside + code
             build_s = len(params) * BUILD_S + sum(params) * BUILD_S_PER_PARAM[name]
         else:
             build_s = len(params) * LOAD_S + inside * LOAD_S_PER_BYTE
-        return Estimate(name, len(params), disk_bytes, held, cache_bytes, activations + code, build_s)
+        return Estimate(name, len(params), disk_bytes, held + vectors, cache_bytes, activations + code, build_s)
 
     return [
         layout("embedded", computed, params, sum(used), peak),
@@ -172,6 +177,12 @@ def _builds_engines(backend: str) -> bool:
     if backend not in ENGINES:
         raise InputError(f"there is no backend {backend!r}; choose from: {', '.join(ENGINES)}")
     return ENGINES[backend]
+
+
+def _vector_bytes(plan: Plan, graph: BranchGraph) -> int:
+    """Of the three float32 vectors of each branch that is ever corrected, for each call."""
+    ever = {name for step in plan.steps for name in step.corrects}
+    return 12 * len(plan.steps) * sum(branch.shape[-1] for branch in graph.branches if branch.name in ever)
 
 
 def _graph_bytes(branches: int, computed: int) -> int:

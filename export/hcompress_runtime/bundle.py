@@ -28,6 +28,7 @@ DECODER = "decoder/decoder.onnx"  # of latent models; absent in pixel space
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of what a network may compute in
 LAYOUTS = ("embedded", "per-mask", "switch")
 SCALES = "activation_scales"  # the step constant [1, K] that holds step sizes of quantized inputs
+CORRECTION = "correction."  # and a branch: the step constant [1, 3 D] that its slot is corrected by
 AGAIN = "export or copy it again"
 
 
@@ -205,6 +206,13 @@ def _check_fits(bundle: Bundle) -> None:
     for name, rows in bundle.constants.items():
         if len(rows) != calls:
             raise BundleError(f"{bundle.path / CONSTANTS}: {name} has {len(rows)} rows for {calls} calls; {AGAIN}")
+    for branch in {name for step in bundle.plan.steps for name in step.corrects} & {*bundle.plan.branches}:
+        vectors, width = bundle.constants.get(f"{CORRECTION}{branch}"), bundle.plan.slots[branch][-1]
+        if vectors is None or vectors.shape[1:] != (3 * width,):
+            found = "absent" if vectors is None else f"{[*vectors.shape[1:]]}"
+            raise BundleError(
+                f"{bundle.path / CONSTANTS}: the correction of {branch} is {found} instead of [{3 * width}]; {AGAIN}"
+            )
     for file in {*bundle.all_graphs, CONSTANTS, WEIGHTS} - bundle.manifest["files"].keys():
         raise BundleError(f"{bundle.path / MANIFEST} uses {file!r} without listing it; {AGAIN}")
     dtype = bundle.manifest.get("dtype")

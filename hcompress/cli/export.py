@@ -37,6 +37,9 @@ def export(
     schedule: Annotated[
         str | None, typer.Option(help="MODEL only: a file, random:CUR[:SEED], uniform:CUR or interval:N.")
     ] = None,
+    reuse: Annotated[
+        str | None, typer.Option(help="Freeze the mask under another rule: plain, taylor.", show_default="its own")
+    ] = None,
     solver: Annotated[str, typer.Option(help="MODEL only.")] = "ddim",
     steps: Annotated[int, typer.Option(help="MODEL only.")] = 20,
     cfg: Annotated[float, typer.Option(help="MODEL only.")] = 1.5,
@@ -61,7 +64,7 @@ def export(
 
         sizes = parse_batch(batch)
         backend = check_engines(flavor, layout, sm or []) if trt else "ort-cpu"
-        setting, frozen = open_source(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg)
+        setting, frozen = open_source(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg, reuse=reuse)
         decision = decide(
             setting,
             frozen,

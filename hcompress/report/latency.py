@@ -78,9 +78,10 @@ def _torch(bundle: Bundle, given: Rows, batch: int, threads: int | None) -> dict
     adapter = load_model(identity["model"]).adapter
     if weight_hash(adapter.network) != identity["weight_hash"]:
         raise BundleError(f"{identity['model']} has other weights than {bundle.path}; export that again")
-    compute = Schedule.load(bundle.path / "schedule.safetensors").compute
+    schedule = Schedule.load(bundle.path / "schedule.safetensors")
 
-    def run(mask: Any) -> object:
-        return sample_seeded(adapter, bundle.table, given, seed=0, cfg=bundle.cfg, compute=mask, batch=batch)
+    def run(**frozen: Any) -> object:
+        return sample_seeded(adapter, bundle.table, given, seed=0, cfg=bundle.cfg, batch=batch, **frozen)
 
-    return {"torch_": lambda: run(compute), "dense_torch_": lambda: run(None)}
+    cached = {"compute": schedule.compute, "corrections": schedule.corrections}
+    return {"torch_": lambda: run(**cached), "dense_torch_": run}

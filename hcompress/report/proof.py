@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcompress.adapter import weight_hash
+from hcompress.corrections import Corrections
 from hcompress.errors import BundleError, EngineError, MissingExtra
 from hcompress.models.loading import load_model
 from hcompress.schedule import Schedule
@@ -71,8 +72,8 @@ def prove_all(
             with runtime:
                 least, most = runtime.batches  # an engine may be built for some only
                 given = example(bundle.conditions, int(np.clip(samples, least, most)))
-                found = drifts(adapter, runtime, given, _mask(bundle), seed=seed)
-                limit = tolerance or allowed(adapter, runtime, given, _mask(bundle), seed=seed)
+                found = drifts(adapter, runtime, given, *_frozen(bundle), seed=seed)
+                limit = tolerance or allowed(adapter, runtime, given, *_frozen(bundle), seed=seed)
             ran = executed(bundle, backend)[bundle.graphs[0]] if backend in PROVIDERS else Counter[str]()
             worst = float(np.max([drift.error for drift in found]))
             proofs.append(Proof(bundle.path, backend, limit, worst, first_drift(found, limit), products=_products(ran)))
@@ -83,7 +84,8 @@ def _products(ran: Mapping[str, int]) -> dict[str, int]:
     return {name: ran[name] for name in (*OF_INTEGERS, *OF_FLOATS) if ran.get(name)}
 
 
-def _mask(bundle: Bundle) -> NDArray[np.bool_] | None:
-    """What the bundle was frozen from; None where it is dense."""
+def _frozen(bundle: Bundle) -> tuple[NDArray[np.bool_] | None, Corrections | None]:
+    """The mask that the bundle was frozen from and the corrections; None where it is dense, or reuse plain."""
     file = bundle.path / SCHEDULE
-    return Schedule.load(file).compute if file.exists() else None
+    schedule = Schedule.load(file) if file.exists() else None
+    return (schedule.compute, schedule.corrections) if schedule else (None, None)
