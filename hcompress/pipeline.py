@@ -11,9 +11,10 @@ generation left behind is never read. The network's `forward` then runs the adap
 
 `torch.compile(fullgraph=True)` works before or after, as `torch.compile(pipe.transformer)` or
 `pipe.transformer.compile()`. The replaced `forward` stays in Python; what is compiled is one function for each distinct
-row, from the slots that it reuses to the slots that it fills. torch.compile caches per code object, 8 variants each, so
-each of these functions owns its code: one graph a row, whatever T, and one more once the batch size varies. Modes that
-replay CUDA graphs ("reduce-overhead") overwrite the outputs of earlier calls, slots among them: use another.
+row, from the slots that it reuses and their corrections to the slots that it fills. torch.compile caches per code
+object, 8 variants each, so each of these functions owns its code: one graph a row, whatever T, and one more once the
+batch size varies. Modes that replay CUDA graphs ("reduce-overhead") overwrite the outputs of earlier calls, slots among
+them: use another.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ from torch import Tensor, nn
 from hcompress.adapter import Adapter, config_hash, weight_hash
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.models.dit import DiT
-from hcompress.sampling import hard_route
+from hcompress.sampling import Terms, hard_route, terms_of
 from hcompress.schedule import Identity, Schedule
 from hcompress.solver import Scheduler, solver_identity
 
 Pipeline: TypeAlias = Any  # a diffusers DiTPipeline; diffusers ships no types
 
-Call = Callable[[Tensor, Tensor, Tensor, Mapping[int, Tensor]], tuple[Tensor, dict[int, Tensor]]]
-"""(x [R, C, H, W], timesteps [R], labels [R], the slots it reuses) -> (network output, the slots it fills)."""
+Known = Mapping[int, Tensor]
+Call = Callable[[Tensor, Tensor, Tensor, Known, Known, Mapping[int, Terms]], tuple[Tensor, dict[int, Tensor]]]
+"""(x [R, C, H, W], timesteps [R], labels [R], the slots it reuses, those of them from the time before, and their
+corrections) -> (network output, the slots it fills)."""
 
 _APPLIED = "_hcompress"  # where a pipeline, its network and its scheduler hold the _Cached that they run under
 
@@ -83,6 +86,8 @@ class _Cached:
     next:  the call that the scheduler has announced and the network has not made yet
     done:  the call made last
     slots: what the branches that are reused anywhere in the schedule computed last
+    older: what those of them that a correction continues computed before that
+    terms: the corrections of each call
     """
 
     def __init__(self, pipe: Pipeline, network: DiTTransformer2DModel, schedule: Schedule) -> None:
@@ -105,9 +110,14 @@ class _Cached:
         for row in schedule.compute:
             functions.setdefault(row.tobytes(), _call(self.adapter, row, kept, name=f"row_{len(functions)}"))
         self.calls = [functions[row.tobytes()] for row in schedule.compute]
+        corrections = schedule.corrections
+        continued = corrections.uses_older if corrections else np.zeros_like(schedule.compute)
+        self.continues = set(np.flatnonzero(continued.any(axis=0)).tolist())
         self.next: int | None = None
         self.done = -1
         self.slots: dict[int, Tensor] = {}
+        self.older: dict[int, Tensor] = {}
+        self.terms: list[dict[int, Terms]] = []
 
     def install(self) -> None:
         """Take the place of the network's forward and the scheduler's scaling."""
@@ -135,7 +145,7 @@ class _Cached:
                     f"schedule has {self.schedule.num_calls} calls, but {type(self.scheduler).__name__} makes "
                     f"{len(self.scheduler.timesteps)}; pass the num_inference_steps it was made for"
                 )
-            self.slots = {}
+            self.slots, self.older = {}, {}
         elif call != self.done + 1:
             raise ScheduleError(
                 f"the scheduler went from call {self.done} to call {call}, but a schedule starts at the first call and "
@@ -156,10 +166,17 @@ class _Cached:
                 "call remove_schedule(pipe) to use it alone"
             )
         call, self.next = self.next, None
+        if call == 0:
+            calls, at = self.schedule.num_calls, (hidden_states.device, hidden_states.dtype)
+            self.terms = terms_of(self.schedule.corrections, calls, *at)
+        terms = self.terms[call]
         reused = {branch: self.slots[branch] for branch in np.flatnonzero(~self.schedule.compute[call]).tolist()}
-        output, filled = self.calls[call](hidden_states, timestep, class_labels, reused)
-        finished = call == self.schedule.num_calls - 1
-        self.slots = {} if finished else self.slots | filled
+        older = {branch: self.older[branch] for branch in terms if terms[branch].d is not None}
+        output, filled = self.calls[call](hidden_states, timestep, class_labels, reused, older, terms)
+        self.older |= {branch: self.slots[branch] for branch in self.continues & filled.keys() & self.slots.keys()}
+        self.slots = self.slots | filled
+        if call == self.schedule.num_calls - 1:
+            self.slots, self.older, self.terms = {}, {}, []
         self.done = call
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -174,10 +191,12 @@ def _call(adapter: Adapter, compute: NDArray[np.bool_], kept: Set[int], name: st
     row: Any = tuple(compute.tolist())  # plain bools: under torch.compile, numpy's are tensors
     filled = [branch for branch in np.flatnonzero(compute).tolist() if branch in kept]
 
-    def call(x: Tensor, timesteps: Tensor, labels: Tensor, slots: Mapping[int, Tensor]) -> tuple[Tensor, Any]:
-        slots = dict(slots)
+    def call(
+        x: Tensor, timesteps: Tensor, labels: Tensor, known: Known, before: Known, terms: Mapping[int, Terms]
+    ) -> tuple[Tensor, Any]:
+        slots, older = dict(known), dict(before)
         constants = adapter.step_constants(timesteps)
-        output = adapter(x, {"labels": labels}, constants, hard_route(row, slots))
+        output = adapter(x, {"labels": labels}, constants, hard_route(row, slots, terms, older))
         return output, {branch: slots[branch] for branch in filled}
 
     return FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, closure=call.__closure__)

@@ -56,13 +56,15 @@ def corrected(c: Tensor, p: Tensor | None, terms: Terms) -> Tensor:
     return v if terms.b is None else v + terms.b
 
 
-def terms_of(adapter: Adapter, corrections: Corrections | None, num_calls: int) -> list[dict[int, Terms]]:
+def terms_of(
+    corrections: Corrections | None, num_calls: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[int, Terms]]:
     """The corrections of each of the T calls, where they change anything, in the dtype that the network computes in."""
     every: list[dict[int, Terms]] = [{} for _ in range(num_calls)]
     if corrections is not None:
         for call, branch in np.argwhere(corrections.changes).tolist():
             rows = (vectors[branch][call] for vectors in (corrections.a, corrections.d, corrections.b))
-            terms = [torch.from_numpy(row).to(adapter.device, adapter.dtype) if row.any() else None for row in rows]
+            terms = [torch.from_numpy(row).to(device, dtype) if row.any() else None for row in rows]
             every[call][branch] = Terms(*terms)
     return every
 
@@ -171,7 +173,7 @@ def trajectory(
     channels = adapter.sample_shape[0]
     slots: dict[int, Tensor] = {}
     older: dict[int, Tensor] | None = {} if corrections is not None and corrections.uses_older.any() else None
-    terms = terms_of(adapter, corrections, table.num_calls)
+    terms = terms_of(corrections, table.num_calls, adapter.device, adapter.dtype)
     outputs: list[Tensor] = []
     for call, constants in enumerate(constants_of(adapter, table)):
         x = table.combine(call, start, outputs, noises)

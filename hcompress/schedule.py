@@ -117,7 +117,12 @@ class Schedule:
         """What a reused branch yields: plain, taylor or corrected."""
         return self.corrections.rule if self.corrections else "plain"
 
-    def reusing(self, rule: Reuse | None, graph: BranchGraph) -> Schedule:
+    @property
+    def fallbacks(self) -> int:
+        """How many reused entries have less than their rule asks for, such as no p; 0 under plain reuse."""
+        return self.corrections.fallbacks(self.compute) if self.corrections else 0
+
+    def reusing(self, rule: str | None, graph: BranchGraph) -> Schedule:
         """The same mask under another rule; None leaves the schedule as it is.
 
         Raises ScheduleError for `corrected` where nothing was fitted: that takes the model, see hcompress.caching.

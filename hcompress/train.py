@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hcompress import process
 from hcompress.caching import CACHING
+from hcompress.caching.correct import Corrected, correct
 from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
 from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.images import open_images
@@ -79,7 +80,8 @@ def train(
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
-    method = CACHING[recipe.caching.method](problem_of(setting, recipe.seed, ranks, on_notice), recipe.caching)
+    problem = problem_of(setting, recipe.seed, ranks, on_notice)
+    method = CACHING[recipe.caching.method](problem, recipe.caching)
     if resume and run.checkpoint.exists():
         method.restore(read_checkpoint(run.checkpoint))
     if writes:
@@ -91,7 +93,7 @@ def train(
             write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
     found = method.found()
-    schedule = _schedule(recipe, setting, found)
+    schedule = _schedule(recipe, setting, found, correct(problem, found.compute, recipe.caching))
     if writes:
         figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]}
         for record in [] if method.rounds else [*found.records, figures]:
@@ -118,14 +120,15 @@ def problem_of(
     )
 
 
-def _schedule(recipe: Recipe, setting: Setting, found: Found) -> Schedule:
+def _schedule(recipe: Recipe, setting: Setting, found: Found, corrected: Corrected) -> Schedule:
     """What was found, with its history."""
     graph, settings = setting.adapter.graph, recipe.caching.model_dump(exclude_none=True)
     history = {
         **settings,
         "name": recipe.caching.method,
         **found.history,
+        **corrected.history,
         "seed": recipe.seed,
         "mac_ratio": graph.mac_ratio(found.compute),
     }
-    return Schedule(found.compute, graph.names, setting.identity, history, found.logits)
+    return Schedule(found.compute, graph.names, setting.identity, history, found.logits, corrected.corrections)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, make_table, random_mask
+from conftest import make_table, random_mask
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,6 +21,8 @@ from hcompress.corrections import Corrections, computed_before, history, taylor
 from hcompress.errors import ScheduleError
 from hcompress.sampling import hard_route, sample, start_noise, terms_of
 from hcompress.schedule import Schedule
+
+CPU = torch.device("cpu")
 
 
 def drawn(compute: np.ndarray, widths: tuple[int, ...], seed: int = 0) -> Corrections:
@@ -54,10 +56,10 @@ def test_c_and_p_are_the_last_two_computed_values(calls: int, branches: int, see
 def test_a_route_yields_the_rule_on_computed_values(seed: int) -> None:
     """By hand: lists of everything computed so far, and the formula. Exact but for the order of three additions."""
     compute, widths = random_mask(8, 3, seed=seed), (2, 3, 4)
-    adapter, vectors = make_dit(num_layers=1), drawn(compute, widths, seed)
+    vectors = drawn(compute, widths, seed)
     random, slots, older = np.random.default_rng(seed), {}, {}
     computed: list[list[np.ndarray]] = [[], [], []]
-    for call, terms in enumerate(terms_of(adapter, vectors, len(compute))):
+    for call, terms in enumerate(terms_of(vectors, len(compute), CPU, torch.float32)):
         route = hard_route(compute[call], slots, terms, older)
         for branch, width in enumerate(widths):
             fresh = random.standard_normal((5, 4, width), np.float32)
@@ -87,9 +89,9 @@ def test_corrections_of_zeros_are_plain_reuse_to_the_bit(cfg: float, tiny_dit) -
 def test_taylor_continues_a_straight_line_and_falls_back_where_one_value_is_known() -> None:
     compute = np.array([[1, 1], [0, 1], [1, 0], [0, 0], [0, 1], [1, 0]], bool)
     line = np.arange(6, dtype=np.float32)[:, None] * np.float32([1, 2])  # what a branch of width 2 would give
-    adapter, slots, older = make_dit(num_layers=1), {}, {}
+    slots, older = {}, {}
     corrections = taylor(compute, (2, 2))
-    for call, terms in enumerate(terms_of(adapter, corrections, 6)):
+    for call, terms in enumerate(terms_of(corrections, 6, CPU, torch.float32)):
         route = hard_route(compute[call], slots, terms, older)
         for branch in range(2):
             got = route(branch, lambda call=call: torch.from_numpy(line[call]))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.adapter import Adapter, Condition
+from hcompress.corrections import Corrections
 from hcompress.process import Process
 from hcompress.sampling import sample, solver_noises, start_noise
 from hcompress_runtime.table import SolverTable
@@ -109,11 +110,14 @@ class Problem:
         noises = solver_noises(self.adapter, self.table, self.seed, streams)
         return condition, start_noise(self.adapter, self.seed, streams), noises
 
-    def score_db(self, compute: NDArray[np.bool_], count: int = SCORED) -> float:
+    def score_db(
+        self, compute: NDArray[np.bool_], corrections: Corrections | None = None, count: int = SCORED
+    ) -> float:
         """Signal-to-noise ratio (dB) of samples under `compute` against the teacher's, on held-out noise."""
         condition, start, noises = self.draw(SCORING_STREAMS, count)
         dense = sample(self.teacher or self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
-        cached = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises, compute=compute)
+        reuse: dict[str, Any] = {"compute": compute, "corrections": corrections}
+        cached = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises, **reuse)
         error = functional.mse_loss(cached, dense).item()
         return 10 * math.log10(dense.square().mean().item() / max(error, TINY))
 

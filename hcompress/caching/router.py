@@ -1,7 +1,9 @@
 """The router: T x N logits, all that training them has to remember, and the route of training.
 
-training    h = r f(x) + (1 - r) c        r = sigmoid(theta); where r > tau the slot may take detach(h)
+training    h = r f(x) + (1 - r) v        r = sigmoid(theta); where r > tau the slot may take detach(h)
 deployment  computed where r > tau, reused elsewhere
+
+v is the slot c as it is, or corrected (hcompress.corrections).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from hcompress.adapter import Route
 from hcompress.caching.problem import Found, Progress, Ranks
 from hcompress.caching.settings import RouterSettings
-from hcompress.sampling import Slots
+from hcompress.sampling import NOTHING, Slots, Terms, corrected
 
 PAPER_EPS = 1e-8  # AdamW's default, as in the released code; a beta of 7e-8 feels it: gradients are no larger
 STEERED_EPS = 1e-16  # steering finds beta at any scale of the loss, so no gradient may drown in eps
@@ -132,12 +134,25 @@ class Router:
         self.velocity, self.previous = state["velocity"].numpy().copy(), state["previous"].numpy().copy()
 
 
-def soft_route(scores: Tensor, keep: NDArray[np.bool_], slots: Slots) -> Route:
-    """The training mix of one call. scores: r, [N], with gradient; keep: bool[N], where the slot takes the mixture."""
+def soft_route(
+    scores: Tensor,
+    keep: NDArray[np.bool_],
+    slots: Slots,
+    terms: Mapping[int, Terms] = NOTHING,
+    older: Slots | None = None,
+) -> Route:
+    """The training mix of one call. scores: r, [N], with gradient; keep: bool[N], where the slot takes the mixture.
+
+    terms: of the branches whose slot is corrected; older: filled where it is given
+    """
 
     def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
-        mixed = torch.lerp(slots[branch], evaluate(), scores[branch])
+        c = slots[branch]
+        p = older.get(branch) if older is not None else None
+        mixed = torch.lerp(corrected(c, p, terms[branch]) if branch in terms else c, evaluate(), scores[branch])
         if keep[branch]:
+            if older is not None:
+                older[branch] = c
             slots[branch] = mixed.detach()
         return mixed
 

@@ -9,17 +9,24 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hcompress.corrections import Reuse
+
 Positive = Annotated[float, Field(gt=0)]
 Target = Annotated[float | None, Field(gt=0, lt=1)]
 Convention = Literal["alternate", "countdown"]
+LEAST_SAMPLES = 8  # that corrections can be fitted on; fewer generalise worse than no fit (recipes/LOG.md)
 
 
 class MethodSettings(BaseModel):
-    """What all methods have: a name, and the most that they could reuse."""
+    """What all methods have: a name, the most that they could reuse, and what a reused branch yields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
+    reuse: Reuse = Field(
+        "plain", description="what a reused branch yields: plain (the papers'), taylor or corrected (fitted)"
+    )
+    fit_samples: int = Field(60, ge=LEAST_SAMPLES, description="noises that corrections are fitted on, by each rank")
 
     def reusing_steps(self, steps: int) -> tuple[int, str]:
         """How many of `steps` steps may reuse anything, and why no more."""

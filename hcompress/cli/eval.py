@@ -22,6 +22,9 @@ def evaluate(
     schedule: Annotated[Path, typer.Option(help="A schedule.safetensors.", show_default=False)],
     solver: Annotated[str, typer.Option(help="The schedule's solver.")] = "ddim",
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; the schedule's own if not given.")] = None,
+    reuse: Annotated[
+        str | None, typer.Option(help="Run its mask under another rule: plain, taylor.", show_default="its own")
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many; even shares of the classes.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the noise; sample i is the same for every schedule.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -44,13 +47,12 @@ def evaluate(
     guidance = cfg if cfg is not None else loaded.identity.cfg or 1.0
     setting = open_setting(model, solver, int(loaded.identity.solver["steps"]), guidance, device=device)
     loaded.check_fits(setting.adapter.graph, setting.identity)
+    loaded = loaded.reusing(reuse, setting.adapter.graph)
     if note := left_out(setting):
         print(note, file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", "cached")}
-        result = measure(
-            setting, loaded.compute, samples, seed, lambda what, done: bars.update(tasks[what], completed=done)
-        )
+        result = measure(setting, loaded, samples, seed, lambda what, done: bars.update(tasks[what], completed=done))
     if as_json:
         print(json.dumps(result["cached"] | {"uncached": result["uncached"], "num_samples": samples, "seed": seed}))
         return

@@ -123,12 +123,18 @@ def _from_model(
     setting = open_setting(model, solver, steps, cfg, device=device)
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)
-    compute = learned.compute if learned else None
     decoder = load_decoder(setting.model.folder)
 
     def run(given: Given) -> NDArray[np.float32]:
         samples: torch.Tensor = sample_seeded(
-            setting.adapter, setting.table, given, seed=seed, cfg=setting.cfg, compute=compute, batch=batch
+            setting.adapter,
+            setting.table,
+            given,
+            seed=seed,
+            cfg=setting.cfg,
+            compute=learned.compute if learned else None,
+            corrections=learned.corrections if learned else None,
+            batch=batch,
         )
         if decoder:
             with torch.no_grad():

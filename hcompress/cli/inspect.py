@@ -32,7 +32,7 @@ def _schedule(file: Path, png: Path | None, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from hcompress.report.heatmap import save_heatmap, terminal_grid
+    from hcompress.report.heatmap import reuse_line, save_heatmap, terminal_grid
     from hcompress.schedule import Schedule
 
     schedule = Schedule.load(file)
@@ -40,6 +40,7 @@ def _schedule(file: Path, png: Path | None, as_json: bool) -> None:
         save_heatmap(schedule, png)
     if as_json:
         described = {"cur": schedule.cur, "method": schedule.method, "identity": asdict(schedule.identity)}
+        described |= {"reuse": schedule.reuse, "fallbacks": schedule.fallbacks}
         rows = ["".join("01"[int(flag)] for flag in row) for row in schedule.compute]
         print(json.dumps(described | {"branches": schedule.names, "compute": rows}))
         return
@@ -47,7 +48,8 @@ def _schedule(file: Path, png: Path | None, as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(
         f"{schedule.identity.model}, {solver.get('class')}, {schedule.num_calls} calls, "
-        f"CFG {schedule.identity.cfg}, {schedule.method.get('name', 'imported')}: CUR {100 * schedule.cur:.2f} %"
+        f"CFG {schedule.identity.cfg}, {schedule.method.get('name', 'imported')}: CUR {100 * schedule.cur:.2f} %, "
+        f"{reuse_line(schedule)}"
     )
     console.print(terminal_grid(schedule))
 

@@ -22,6 +22,9 @@ def train(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilisation ratio to reach.")] = None,
     target_speedup: Annotated[float | None, typer.Option(help="Ratio of MACs to reach.")] = None,
+    reuse: Annotated[
+        str | None, typer.Option(help="plain, taylor or corrected: what a reused branch yields.", show_default="plain")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Fixed beta, the paper's protocol.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder, for learning-to-cache.", show_default="zoo data")] = None,
     seed: Annotated[int | None, typer.Option(help="Of router, noises and labels.")] = None,
@@ -46,6 +49,7 @@ def train(
         "cfg": cfg,
         "seed": seed,
         "caching.method": method,
+        "caching.reuse": reuse,
         "caching.images": images,
         "caching.beta": beta,
         "caching.target_cur": target_cur,
@@ -88,7 +92,11 @@ def train(
         "method": found["name"],
         "cur": schedule.cur,
         "mac_ratio": found["mac_ratio"],
-        **{name: found[name] for name in ("alpha", "images_used", "images_skipped") if name in found},
+        **{
+            name: found[name]
+            for name in ("reuse", "fallbacks", "degenerate_channels", "alpha", "images_used", "images_skipped")
+            if name in found
+        },
     }
     if display.last:
         result |= {"beta": found["final_beta"], "unpolarised": display.last.unpolarised, "score_db": display.score_db}

@@ -12,6 +12,12 @@ from hcompress.schedule import Schedule
 COMPUTED, REUSED = "#1f4e79", "#dce9f5"
 
 
+def reuse_line(schedule: Schedule) -> str:
+    """What reused branches yield, and how many of them fall back for want of history: "taylor reuse, 40 fall back"."""
+    fallbacks = f", {schedule.fallbacks} fall back" if schedule.fallbacks else ""
+    return f"{schedule.reuse} reuse{fallbacks}"
+
+
 def terminal_grid(schedule: Schedule) -> Text:
     """The grid as coloured blocks, a line a call, with the number of branches computed at the end."""
     kinds = sorted({name.rpartition(".")[2] for name in schedule.names})
@@ -47,9 +53,8 @@ def save_heatmap(schedule: Schedule, path: Path) -> None:
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_ylabel("model call (first at the top)")
-    axes.set_title(
-        f"{schedule.identity.model}: computed dark, reused light, CUR {100 * schedule.cur:.1f} %", fontsize=9
-    )
+    shades = f"computed dark, reused light, CUR {100 * schedule.cur:.1f} %"
+    axes.set_title(f"{schedule.identity.model}: {shades}\n{reuse_line(schedule)}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hcompress.corrections import Corrections
 from hcompress.errors import missing
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.metrics.emoji import EmojiMetrics, emoji_metrics
@@ -48,6 +49,7 @@ def generate(
     seed: int,
     compute: NDArray[np.bool_] | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    corrections: Corrections | None = None,
 ) -> Tensor:
     """`count` samples [count, C, H, W] of balanced labels from the streams 0 .. count-1 of `seed`; None = uncached."""
     return sample_seeded(
@@ -57,6 +59,7 @@ def generate(
         seed=seed,
         cfg=setting.cfg,
         compute=compute,
+        corrections=corrections,
         progress=progress,
     )
 
@@ -103,14 +106,15 @@ def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
 
 def evaluate(
     setting: Setting,
-    compute: NDArray[np.bool_],
+    schedule: Schedule,
     count: int,
     seed: int,
     progress: Callable[[str, int], None] = lambda what, done: None,
 ) -> dict[str, Any]:
     """One schedule against the uncached model: {"cached": {...}, "uncached": {...}, "num_samples", "seed"}."""
     reference = generate(setting, count, seed, None, lambda done: progress("uncached", done))
-    samples = generate(setting, count, seed, compute, lambda done: progress("cached", done))
+    compute = schedule.compute
+    samples = generate(setting, count, seed, compute, lambda done: progress("cached", done), schedule.corrections)
     everything = np.ones_like(compute)
     return {
         "cached": paired(samples, reference) | distribution(setting, samples) | cost(setting, compute),

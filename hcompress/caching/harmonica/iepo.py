@@ -13,6 +13,7 @@ call's own one-step error out, so that lambda_k MSE_k is, to first order, the im
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -26,8 +27,11 @@ from hcompress.adapter import Condition, Route
 from hcompress.caching.problem import TINY
 from hcompress.caching.router import soft_route
 from hcompress.caching.settings import HarmoniCaSettings
-from hcompress.sampling import Slots, fill_route
+from hcompress.sampling import NOTHING, Slots, Terms, fill_route
 from hcompress_runtime.table import SolverTable
+
+Cache = tuple[Slots, Slots | None]
+"""Slots, and `older` where corrections need it."""
 
 
 class Denoiser(Protocol):
@@ -46,33 +50,43 @@ def measure(
     condition: Condition,
     start: Tensor,
     noises: list[Tensor],
+    terms: Sequence[Mapping[int, Terms]] | None = None,
 ) -> Tensor:
-    """lambda of calls 1 .. T-1, float32[T - 1], for r = `scores` [T, N] on one batch of noise."""
+    """lambda of calls 1 .. T-1, float32[T - 1], for r = `scores` [T, N] on one batch of noise.
+
+    terms: the corrections of each call. They belong to what is in the slots, so a full call then leaves its outputs
+    there only where the schedule computes; None is plain reuse, whose full calls fill all slots.
+    """
     rows = torch.from_numpy(scores).float().to(start.device)
     keep = scores > settings.threshold
     calls = table.num_calls
 
-    def advance(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> list[Tensor]:
+    def advance(call: int, outputs: list[Tensor], cache: Cache, *, routed: bool) -> list[Tensor]:
         x = table.combine(call, start, outputs, noises)
-        route = soft_route(rows[call], keep[call], slots) if routed else fill_route(slots)
+        slots, older = cache
+        if call == 0 or (terms is None and not routed):
+            route = fill_route(slots)
+        else:
+            r = rows[call] if routed else torch.ones_like(rows[call])  # at 1 the mix is what was computed, to the bit
+            route = soft_route(r, keep[call], slots, terms[call] if terms else NOTHING, older)
         return [*outputs, denoise(call, x, condition, route, noises)]
 
-    def finish(call: int, outputs: list[Tensor], slots: Slots, *, routed: bool) -> Tensor:
+    def finish(call: int, outputs: list[Tensor], cache: Cache, *, routed: bool) -> Tensor:
         for later in range(call, calls):
-            outputs = advance(later, outputs, slots, routed=routed)
+            outputs = advance(later, outputs, cache, routed=routed)
         return table.combine(calls, start, outputs, noises)
 
     cumulative = settings.proxy == "cumulative"
-    slots: dict[int, Tensor] = {}
-    outputs = advance(0, [], slots, routed=False)
-    forked = [finish(1, outputs, dict(slots), routed=False)] if cumulative else []
+    cache: Cache = {}, None if terms is None else {}
+    outputs = advance(0, [], cache, routed=False)
+    forked = [finish(1, outputs, _fork(cache), routed=False)] if cumulative else []
     own_errors = []
     for call in range(1, calls):
-        fork = dict(slots)
+        fork = _fork(cache)
         full = [] if cumulative else advance(call, outputs, fork, routed=False)
-        outputs = advance(call, outputs, slots, routed=True)
+        outputs = advance(call, outputs, cache, routed=True)
         if cumulative:
-            forked.append(finish(call + 1, outputs, dict(slots), routed=False))
+            forked.append(finish(call + 1, outputs, _fork(cache), routed=False))
         else:
             forked.append(finish(call + 1, full, fork, routed=True))
             own_errors.append(functional.mse_loss(outputs[-1], full[-1]))
@@ -82,6 +96,11 @@ def measure(
     if settings.proxy == "sensitivity":
         lambdas = lambdas / torch.stack(own_errors).clamp(min=TINY)
     return lambdas * finished[0].numel() if settings.reduction == "sum" else lambdas
+
+
+def _fork(cache: Cache) -> Cache:
+    slots, older = cache
+    return dict(slots), None if older is None else dict(older)
 
 
 def blend(old: NDArray[np.float64], measured: NDArray[np.float64], settings: HarmoniCaSettings) -> NDArray[np.float64]:

@@ -5,6 +5,10 @@ student's state, and the router's row takes one optimiser step; nothing is back-
 
     L = lambda_k mean (teacher - student)^2 + beta sum_i r[k, i]
 
+Where a reused branch is corrected (hcompress.corrections) the student mixes with the corrected value in place of its
+slot. Corrections are fitted at every refresh of lambda, for every entry as if it were reused. Until the next refresh an
+entry whose slots are of other calls by now, as the hard schedule changed before it, is continued by Taylor's rule.
+
 All noise comes from streams numbered by trajectory (hcompress_runtime.noise), so a resumed run draws what an
 uninterrupted one would have drawn, and refreshing lambda cannot disturb the training noise.
 """
@@ -17,16 +21,19 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from hcompress.adapter import Condition, Route, compute_all
+from hcompress.caching.correct import correct, fit, taylor_terms
 from hcompress.caching.harmonica import iepo
 from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem, Progress
 from hcompress.caching.router import Router, soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.caching.steering import Steering
-from hcompress.sampling import constants_of, fill_route, solver_output
+from hcompress.corrections import computed_before
+from hcompress.sampling import NOTHING, Terms, constants_of, fill_route, solver_output
 
 
 @final
@@ -45,6 +52,8 @@ class Training:
         self.router = Router(*problem.shape, settings, problem.seed, range(1, self.table.num_calls), problem.first)
         self.steering = Steering(self.adapter.graph, self.router, settings, self.rounds)
         self.needs = np.zeros(problem.shape)  # -d(lambda MSE)/dr of each entry's last update
+        self.fitted_for: NDArray[np.bool_] | None = None  # the hard schedule that `fitted` belongs to, bool[T, N]
+        self.fitted: Sequence[Mapping[int, Terms]] = ()
 
     @property
     def done(self) -> int:
@@ -65,8 +74,13 @@ class Training:
             self.steering.steer(self.router)
             self.router.round = number + 1
             scored = (number + 1) % period == 0 or self.steering.may_end(self.router)
-            score_db = self.problem.score_db(self.router.hard(), self.settings.batch) if scored else None
-            yield self.router.progress(loss, mse, score_db)
+            yield self.router.progress(loss, mse, self.score_db() if scored else None)
+
+    def score_db(self) -> float:
+        """Of the hard schedule as it would be left now."""
+        hard = self.router.hard()
+        corrections = correct(self.problem, hard, self.settings).corrections
+        return self.problem.score_db(hard, corrections, self.settings.batch)
 
     def draw(self, trajectory: int) -> tuple[Condition, Tensor, list[Tensor]]:
         """Conditions, x_T and solver noises of this rank's part of a trajectory."""
@@ -81,6 +95,8 @@ class Training:
     def steps(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> Iterator[tuple[float, float]]:
         """The T-1 iterations of one trajectory, one optimiser step each, yielding loss and mean squared error."""
         slots: dict[int, Tensor] = {}
+        terms = self.terms()
+        older: dict[int, Tensor] | None = None if terms is None else {}
         with torch.no_grad():
             outputs = [self.denoise(0, start, condition, fill_route(slots), noises)]
         for call in range(1, self.table.num_calls):
@@ -90,7 +106,8 @@ class Training:
             r = torch.sigmoid(self.router.rows[call])
             scores = r.detach().numpy().astype(np.float64)
             keep = scores > self.settings.threshold
-            student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots), noises)
+            reuse = terms[call] if terms else NOTHING
+            student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots, reuse, older), noises)
             mse = functional.mse_loss(student, target)
             loss = float(self.router.lambdas[call]) * mse
             self.needs[call] = self.router.update(call, loss, self.ranks)
@@ -111,19 +128,44 @@ class Training:
         return solver_output(raw, constants, self.table.noise_of(call, noises), self.channels)
 
     def refresh(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> None:
-        """IEPO: measure lambda anew on this trajectory's own noise, averaged over ranks."""
+        """IEPO: measure lambda anew on this trajectory's own noise, averaged over ranks; first fit what it goes by."""
         router = self.router
-        measured = iepo.measure(self.denoise, self.table, router.scores(), self.settings, condition, start, noises)
+        if self.settings.reuse == "corrected":
+            self.fit(router.hard())
+        measured = iepo.measure(
+            self.denoise, self.table, router.scores(), self.settings, condition, start, noises, self.terms()
+        )
         fresh = self.ranks.mean(measured.cpu()).double().numpy()
         router.lambdas[1:] = iepo.blend(router.lambdas[1:], fresh, self.settings)
 
+    def fit(self, hard: NDArray[np.bool_]) -> None:
+        """Corrections of every entry on the trajectory of `hard` [T, N]; the same again for the same mask."""
+        self.fitted_for = hard
+        self.fitted = fit(self.problem, hard, self.settings.fit_samples, everywhere=True).terms
+
+    def terms(self) -> list[dict[int, Terms]] | None:
+        """How each entry of each call is corrected under the hard schedule as it is; None where reuse is plain."""
+        if self.settings.reuse == "plain":
+            return None
+        hard = self.router.hard()
+        every = taylor_terms(hard, self.adapter.device, self.adapter.dtype)
+        if self.fitted_for is not None:
+            pairs = zip(computed_before(hard), computed_before(self.fitted_for), strict=True)
+            alike = np.logical_and.reduce([now == then for now, then in pairs])
+            for call, fitted in enumerate(self.fitted):
+                every[call] |= {branch: terms for branch, terms in fitted.items() if alike[call, branch]}
+        return every
+
     def state(self) -> dict[str, Any]:
-        """The router's."""
-        return self.router.state()
+        """The router's, and the mask from which corrections can be fitted again."""
+        mask = None if self.fitted_for is None else torch.from_numpy(self.fitted_for)
+        return self.router.state() | ({} if mask is None else {"fitted_for": mask})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`."""
         self.router.restore(state)
+        if "fitted_for" in state:
+            self.fit(state["fitted_for"].numpy())
 
     def found(self) -> Found:
         """The hard schedule."""

@@ -1,0 +1,160 @@
+"""Fitting the corrections of hcompress.corrections, from noise alone.
+
+For a branch i that call t reuses, ridge least squares over samples, rows of guidance and tokens, a channel at a time:
+
+    min  E (f - c - a c - d (c - p) - b)^2 + RIDGE (a^2 E c^2 + d^2 E (c - p)^2 + b^2)
+
+f is what the branch gives on the *cached* trajectory, where each earlier call, and each earlier branch of this one, is
+corrected as it was just fitted. So one pass over one batch of noise fits everything, call after call and branch after
+branch, and each fit sees what it will be given when it runs. A ridge is relative to its regressor's own energy: c - p
+is small, and an absolute one would drown it.
+
+Memory: c and p of every branch for all samples at once. Legend: T calls, N branches, D width, K regressors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hcompress.adapter import Route
+from hcompress.caching.problem import Problem, Ranks
+from hcompress.caching.settings import MethodSettings
+from hcompress.corrections import Corrections, computed_before, taylor
+from hcompress.sampling import Terms, constants_of, corrected, solver_output
+
+RIDGE = 1e-3
+FITTING_STREAMS = 3 << 32  # sample numbers of fits, beside those of hcompress.caching.problem
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a pass found.
+
+    terms:      one mapping a call, branch -> vectors [D], of every entry that was fitted
+    residual:   float64[T, N], E (f - v)^2 of what was fitted, 0 elsewhere
+    degenerate: channels, of all entries together, that fell to plain: constant, or not finite
+    """
+
+    terms: Sequence[Mapping[int, Terms]]
+    residual: NDArray[np.float64]
+    degenerate: int
+
+    def corrections(self, widths: Sequence[int]) -> Corrections:
+        """As a schedule carries them; of a pass that fitted reused entries alone."""
+        shape = len(self.terms), len(widths)
+        vectors = {name: tuple(np.zeros((shape[0], width), np.float32) for width in widths) for name in Terms._fields}
+        for call, fitted in enumerate(self.terms):
+            for branch, terms in fitted.items():
+                for name, term in terms._asdict().items():
+                    if term is not None:
+                        vectors[name][branch][call] = term.cpu().float().numpy()
+        return Corrections("corrected", **vectors)
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What a mask's reused branches yield, and what a schedule's `method` says of it."""
+
+    corrections: Corrections | None = None
+    history: Mapping[str, int] = field(default_factory=dict)
+
+
+def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
+    """The corrections of the mask bool[T, N] by the rule that `settings` ask for."""
+    if settings.reuse == "plain":
+        return Corrected()
+    widths = problem.adapter.graph.widths
+    if settings.reuse == "taylor":
+        corrections = taylor(compute, widths)
+        return Corrected(corrections, {"fallbacks": corrections.fallbacks(compute)})
+    fitted = fit(problem, compute, settings.fit_samples)
+    corrections = fitted.corrections(widths)
+    counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
+    return Corrected(corrections, counts)
+
+
+@torch.no_grad()
+def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywhere: bool = False) -> Fit:
+    """Fit every entry that the mask bool[T, N] reuses, on `samples` noises of each rank.
+
+    everywhere: what the mask computes too, as if it were reused there, where c exists; the trajectory goes by the mask
+    """
+    adapter, table, ranks = problem.adapter, problem.table, problem.ranks
+    condition, start, noises = problem.draw(FITTING_STREAMS + ranks.rank * samples, samples)
+    found: list[dict[int, Terms]] = [{} for _ in range(table.num_calls)]
+    residual, degenerate = np.zeros(problem.shape), 0
+    slots: dict[int, Tensor] = {}
+    older: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
+
+    def route_of(call: int) -> Route:
+        def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
+            nonlocal degenerate
+            true, given = evaluate(), slots.get(branch)
+            if given is not None and (everywhere or not compute[call, branch]):
+                before = older.get(branch)
+                terms, fell = solve(true, given, before, ranks)
+                value = corrected(given, before, terms)
+                found[call][branch] = terms
+                residual[call, branch] = (true.float() - value.float()).square().mean().item()
+                degenerate += fell
+                if not compute[call, branch]:
+                    return value
+            if given is not None:
+                older[branch] = given
+            slots[branch] = true
+            return true
+
+        return route
+
+    for call, constants in enumerate(constants_of(adapter, table)):
+        x = table.combine(call, start, outputs, noises)
+        raw = adapter.guided(x, condition, constants, problem.cfg, route_of(call))
+        outputs.append(solver_output(raw, constants, table.noise_of(call, noises), adapter.sample_shape[0]))
+    return Fit(found, ranks.mean(torch.from_numpy(residual)).numpy(), degenerate)
+
+
+def taylor_terms(compute: NDArray[np.bool_], device: torch.device, dtype: torch.dtype) -> list[dict[int, Terms]]:
+    """Taylor's rule for every entry of the mask bool[T, N] that has a p, as if it were reused. One mapping a call."""
+    last, older = computed_before(compute)
+    slope = (np.arange(len(compute))[:, None] - last) / np.maximum(last - older, 1)
+    return [
+        {
+            int(branch): Terms(None, torch.tensor([slope[call, branch]], device=device, dtype=dtype), None)
+            for branch in np.flatnonzero(older[call] >= 0)
+        }
+        for call in range(len(compute))
+    ]
+
+
+def solve(true: Tensor, c: Tensor, p: Tensor | None, ranks: Ranks) -> tuple[Terms, int]:
+    """The vectors [D] of one entry, in the dtype of c, and how many channels of them fell to plain.
+
+    true, c, p: [R, L, D]. d is None where there is no p. Sums are float32, what is solved of them float64.
+    """
+    changes = [] if p is None else [c.float() - p.float()]
+    regressors = torch.stack([c.float(), *changes, torch.ones_like(c, dtype=torch.float32)]).flatten(1, -2)  # [K, M, D]
+    missing = (true.float() - c.float()).flatten(0, -2)
+    sums = torch.cat(
+        [
+            torch.einsum("kmd,lmd->dkl", regressors, regressors),
+            torch.einsum("kmd,md->dk", regressors, missing)[:, :, None],
+        ],
+        dim=2,
+    )
+    moments = ranks.mean(sums / len(missing)).double().cpu()  # [D, K, K + 1]
+    energy = moments.diagonal(dim1=1, dim2=2)  # [D, K]
+    sound = moments.isfinite().flatten(1).all(1) & (energy > 0).all(1)
+    moments = torch.where(sound[:, None, None], moments, torch.eye(len(regressors), len(regressors) + 1).double())
+    scale = moments.diagonal(dim1=1, dim2=2).sqrt()
+    gram = moments[:, :, :-1] / (scale[:, :, None] * scale[:, None, :])  # ones on its diagonal
+    ridge = RIDGE * torch.eye(gram.shape[1], dtype=gram.dtype)
+    solved = torch.linalg.solve(gram + ridge, moments[:, :, -1] / scale) / scale
+    vectors = (solved * sound[:, None]).to(c.device, c.dtype).unbind(1)
+    return Terms(vectors[0], vectors[1] if p is not None else None, vectors[-1]), int((~sound).sum())
