@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from conftest import (
     CALLS,
     CFG,
+    Exported,
     export,
     make_dit,
     make_pixart,
@@ -21,19 +25,31 @@ from conftest import (
     random_corrections,
     random_mask,
 )
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_bundle import change_constant
 from test_plan import graph_of, masks
+from typer.testing import CliRunner
 
 from hcompress.adapter import Adapter
-from hcompress.corrections import Corrections
+from hcompress.cli.main import app, main
+from hcompress.corrections import Corrections, taylor
+from hcompress.deploy import decide, open_source
+from hcompress.errors import BundleError, ScheduleError
+from hcompress.report.proof import prove_all
+from hcompress.sampling import sample_seeded
+from hcompress.schedule import Schedule
+from hcompress_export.bundle import SCHEDULE, export_bundle
 from hcompress_export.freeze import freeze
-from hcompress_export.parity import drifts
+from hcompress_export.parity import TOLERANCE, drifts, parity
+from hcompress_export.planner import estimate
 from hcompress_export.trace import trace
 from hcompress_runtime import Runtime
-from hcompress_runtime.bundle import LAYOUTS
-from hcompress_runtime.conditions import complete
+from hcompress_runtime.bundle import CORRECTION, FORMATS, LAYOUTS, open_bundle
+from hcompress_runtime.conditions import Given, complete
+from hcompress_runtime.ort import OnnxRuntime
 from hcompress_runtime.plan import Plan, before
+from hcompress_runtime.trt_build import build_engine
 
 CLOSE = 1e-5  # as in test_export: float32 rounding between libraries, over 5 calls
 LABELS = [0, 1, 2, 4, 3]
@@ -125,24 +141,8 @@ def test_a_wide_plan_has_one_pattern_a_mask(problem: tuple[np.ndarray, Correctio
     assert wide.slots == exact.slots
 
 
-FAMILIES = {
-    "dit": (lambda: make_dit(), "ddim", LABELS),
-    "pixart": (lambda: make_pixart(), "ddim", make_prompts(3, seed=1)),
-    "uvit": (lambda: make_uvit(), "dpmsolver", LABELS),
-    "sd3": (lambda: make_sd3(), "flow-euler", make_pooled_prompts(3, seed=1)),  # slots of unequal length
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> tuple[Adapter, ir.Model, str, object]:
-    """A tiny model, its trace, a solver and conditions."""
-    make, solver, conditions = FAMILIES[request.param]
-    adapter = make()
-    return adapter, trace(adapter, CFG), solver, conditions
-
-
 def problem_of(adapter: Adapter, seed: int = 0) -> tuple[np.ndarray, Corrections]:
-    """A mask with corrections by p, one of which is finished as it is written."""
+    """A mask under which call 3 yields branch 1 by p, and computes branch 0 to be finished by p as it is written."""
     mask = random_mask(CALLS, len(adapter.graph), seed=seed)
     mask[:, 0], mask[:, 1] = [True, True, False, True, False], [True, True, False, False, True]
     corrections = random_corrections(mask, adapter.graph.widths, seed=seed)
@@ -152,17 +152,207 @@ def problem_of(adapter: Adapter, seed: int = 0) -> tuple[np.ndarray, Corrections
     return mask, corrections
 
 
+@pytest.fixture(scope="module")
+def traced(tiny_dit: Adapter) -> ir.Model:
+    return trace(tiny_dit, CFG)
+
+
+FAMILIES = {
+    "dit": (make_dit, "ddim", LABELS),
+    "pixart": (make_pixart, "ddim", make_prompts(3, seed=1)),
+    "uvit": (make_uvit, "dpmsolver", LABELS),
+    "sd3": (make_sd3, "flow-euler", make_pooled_prompts(3, seed=1)),  # slots of unequal length
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[Adapter, ir.Model, str, Given]:
+    """A tiny model, its trace, a solver and conditions."""
+    make, solver, conditions = FAMILIES[request.param]
+    if request.param == "dit":
+        return *map(request.getfixturevalue, ("tiny_dit", "traced")), solver, conditions
+    adapter = make()
+    return adapter, trace(adapter, CFG), solver, conditions
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_families_and_layouts_equal_the_reference_sampler(
-    family: tuple[Adapter, ir.Model, str, object], layout: str, tmp_path: Path
+    family: tuple[Adapter, ir.Model, str, Given], layout: str, tmp_path: Path
 ) -> None:
     adapter, traced, solver, conditions = family
     mask, corrections = problem_of(adapter)
-    exported = export(
+    path = export(
         tmp_path / "b", adapter, mask, solver=solver, layout=layout, corrections=corrections, traced=traced
-    )
-    with Runtime(exported.path, threads=1) as runtime:
+    ).path
+    with Runtime(path, threads=1) as runtime:
         found = drifts(adapter, runtime, conditions, mask, corrections, seed=1)
         assert max(drift.error for drift in found) <= CLOSE
         rows = len(next(iter(complete(adapter.conditions, conditions).values())))
         assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(rows) > 0
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 1000), st.floats(0.2, 0.9), st.sampled_from(LAYOUTS), st.booleans())
+def test_any_mask_and_any_corrections_equal_the_reference_sampler(
+    tiny_dit: Adapter, traced: ir.Model, tmp_path: Path, seed: int, reuse: float, layout: str, widen: bool
+) -> None:
+    mask = random_mask(CALLS, len(tiny_dit.graph), reuse=reuse, seed=seed)
+    mask[4] = mask[2]  # calls of one mask, of which only the later may have a p
+    corrections = random_corrections(mask, tiny_dit.graph.widths, seed=seed)
+    options = {"layout": layout, "corrections": corrections, "traced": traced, "widen": widen}
+    with Runtime(export(tmp_path / "b", tiny_dit, mask, **options).path, threads=1) as runtime:
+        assert parity(tiny_dit, runtime, LABELS, mask, corrections, seed=seed).max() <= CLOSE
+        assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(len(LABELS))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_dit: Adapter, traced: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Of the tiny model, weights as inputs. Do not change its files; copy them."""
+    mask, corrections = problem_of(tiny_dit)
+    path = tmp_path_factory.mktemp("corrected") / "b"
+    return export(path, tiny_dit, mask, layout="per-mask", corrections=corrections, traced=traced)
+
+
+def test_corrections_matter_here_and_batches_may_have_any_size(bundle: Exported) -> None:
+    mask, corrections = bundle.schedule.compute, bundle.schedule.corrections
+    options = {"seed": 3, "cfg": CFG, "compute": mask}
+    want, plain = (
+        sample_seeded(bundle.adapter, bundle.table, LABELS, **options, corrections=rule).numpy()
+        for rule in (corrections, None)
+    )
+    with Runtime(bundle.path, threads=1) as runtime:
+        got = runtime.generate(LABELS, seed=3, batch=2)
+    assert np.abs(got - want).max() <= CLOSE and np.abs(got - plain).max() > 100 * CLOSE
+
+
+def test_the_planner_counts_slots_and_vectors_as_they_are(bundle: Exported) -> None:
+    opened, mask, corrections = open_bundle(bundle.path), bundle.schedule.compute, bundle.schedule.corrections
+    options = {"rows": 10, "itemsize": 4, "backend": "ort-cpu"}
+    plain = estimate(bundle.adapter.graph, mask, **options)
+    vectors = sum(rows.nbytes for name, rows in opened.constants.items() if name.startswith(CORRECTION))
+    stored = sum(rows.nbytes for rows in corrections.tensors().values())
+    for ours, theirs in zip(estimate(bundle.adapter.graph, mask, corrections, **options), plain, strict=True):
+        assert ours.weight_bytes - theirs.weight_bytes == vectors
+        assert ours.disk_bytes - theirs.disk_bytes == vectors + stored
+        if ours.layout != "switch":
+            assert ours.cache_bytes == opened.peak_cache_bytes(5) > theirs.cache_bytes
+
+
+def test_what_is_captured_has_the_same_samples_and_the_same_addresses_again(bundle: Exported) -> None:
+    """Slots that are kept for a later call are not overwritten, and what is recorded is found again."""
+    with Runtime(bundle.path, threads=1) as plain, Runtime(bundle.path, threads=1, capture=3) as runtime:
+        counts = []
+        for seed in range(3):
+            want = plain.generate(LABELS[:3], seed)
+            assert np.abs(runtime.generate(LABELS[:3], seed) - want).max() <= CLOSE
+            engines = runtime.engines.values()
+            counts.append(sum(len(engine.recordings) for engine in engines if isinstance(engine, OnnxRuntime)))
+        assert counts[1:] == [counts[1]] * 2
+
+
+def test_tensorrt_rtx_builds_an_engine_that_corrects_what_it_reads_and_what_it_writes(
+    bundle: Exported, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    opened = open_bundle(bundle.path)
+    step, branches = opened.plan.steps[3], opened.plan.branches
+    assert {*step.corrects} >= {branches[0], branches[1], before(branches[0]), before(branches[1])}
+    assert branches[0] in step.computes and branches[1] in step.reads
+    rows = {f"cache_in.{name}": shape[0] * opened.rows_per_sample for name, shape in opened.plan.slots.items()}
+    graph, engine = opened.path / opened.graphs[3], tmp_path / "rtx.engine"
+    built = build_engine(graph, engine, flavor="rtx", sm=89, batch=(1, 2, 4), per_sample=rows)
+    width = opened.plan.slots[branches[1]][1]
+    assert built.inputs[f"step.{CORRECTION}{branches[1]}"] == (1, 3 * width)
+    assert built.inputs[f"cache_in.{before(branches[0])}"] == (-1, width)
+
+
+def test_graphs_of_plain_reuse_know_nothing_of_corrections(tiny_dit: Adapter, traced: ir.Model, tmp_path: Path) -> None:
+    """And a bundle says which it is, so that a reader that knows only the one does not misread the other."""
+    mask, _ = problem_of(tiny_dit)
+    zeros = random_corrections(np.ones_like(mask), tiny_dit.graph.widths)  # of a mask that reuses nothing: all zero
+    one, other = (
+        open_bundle(export(tmp_path / name, tiny_dit, mask, corrections=rule, traced=traced).path)
+        for name, rule in (("one", None), ("other", zeros))
+    )
+    assert one.plan == other.plan and one.graphs == other.graphs  # named by what they hold
+    assert one.manifest["format"] == other.manifest["format"] == FORMATS[0]
+    assert {key for step in one.manifest["steps"] for key in step} == {"graph", "computes", "reads", "writes", "frees"}
+
+
+def test_a_corrected_bundle_is_of_another_format_and_holds_its_vectors(bundle: Exported, tmp_path: Path) -> None:
+    assert open_bundle(bundle.path).manifest["format"] == FORMATS[1]
+    broken = Path(shutil.copytree(bundle.path, tmp_path / "broken"))
+    change_constant(broken, f"step.{CORRECTION}0.attn", lambda rows: rows[:, :-1].copy())
+    with pytest.raises(BundleError, match=r"the correction of 0\.attn is \[95\] instead of \[96\]; export or copy"):
+        open_bundle(broken)
+
+
+MISFITS = {
+    "another width": (
+        lambda one: replace(one, corrections=random_corrections(one.compute, (32, 32, 32, 16))),
+        r"corrections of '1\.mlp' are 16 wide, but in tiny that branch is 32 wide",
+    ),
+    "another model": (
+        lambda one: replace(one, identity=replace(one.identity, weight_hash="0" * 64)),
+        r"learned on tiny \(weight_hash 0{12}\), not on tiny",
+    ),
+    "another solver": (
+        lambda one: replace(one, identity=replace(one.identity, solver=one.identity.solver | {"steps": 7})),
+        "learned for solver DDIMScheduler with 7 steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_corrections_of_something_else_are_refused(bundle: Exported, tmp_path: Path, name: str) -> None:
+    change, message = MISFITS[name]
+    with pytest.raises(ScheduleError, match=message) as caught:
+        export_bundle(
+            bundle.adapter, bundle.table, bundle.identity, tmp_path / "b", cfg=CFG, schedule=change(bundle.schedule)
+        )
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
+
+
+def test_merging_masks_takes_differences_anew_and_refuses_what_was_fitted(tiny_run: Path) -> None:
+    source = {"dense": False, "solver": "ddim", "steps": CALLS, "cfg": CFG}
+    setting, schedule = open_source(str(tiny_run), None, **source, reuse="taylor")
+    merged = decide(setting, schedule, max_graphs=2).schedule
+    assert (merged.compute != schedule.compute).any() and merged.reuse == "taylor"
+    want = taylor(merged.compute, setting.adapter.graph.widths)
+    assert all((got == rows).all() for got, rows in zip(merged.corrections.d, want.d, strict=True))
+    fitted = replace(schedule, corrections=random_corrections(schedule.compute, setting.adapter.graph.widths))
+    assert decide(setting, fitted, max_graphs=CALLS).schedule.corrections is fitted.corrections
+    with pytest.raises(ScheduleError, match=r"--max-graphs 2 computes \d+ values that this schedule reuses.*--reuse"):
+        decide(setting, fitted, max_graphs=2)
+
+
+WRONG = {
+    "--reuse corrected": "this schedule holds no fitted corrections, its rule is plain",
+    "--reuse magic": "there is no rule of reuse 'magic'; choose from: plain, taylor, corrected",
+    "--dense --reuse taylor": "nothing is reused without a schedule; leave out --reuse taylor, or --dense",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_rule_that_a_schedule_does_not_have_is_one_line(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    command = ["hcompress", "export", str(tiny_run), "--out", str(tmp_path / "b"), *flags.split()]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out) == (1, "") and not [*tmp_path.iterdir()]
+    assert said.err.startswith("error: ") and WRONG[flags] in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16"])
+def test_what_is_exported_with_another_rule_is_verified_with_it(tiny_run: Path, tmp_path: Path, dtype: str) -> None:
+    command = ["export", str(tiny_run), "--reuse", "taylor", "--dtype", dtype, "--out", str(tmp_path / "b"), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert 0 < max(json.loads(done.stdout)["parity"]) <= TOLERANCE[dtype]
+    assert Schedule.load(tmp_path / "b" / SCHEDULE).reuse == "taylor"
+    (proof, *_) = prove_all(tmp_path / "b", samples=2)
+    assert proof.holds and proof.worst <= TOLERANCE[dtype]
+    assert open_bundle(tmp_path / "b").manifest["format"] == FORMATS[1]

@@ -72,7 +72,7 @@ def drifts(
     condition, outputs = adapter.condition(rows), list[torch.Tensor]()
     held: dict[str, Value] = {}
     older: dict[int, torch.Tensor] = {}
-    terms = terms_of(adapter, corrections, table.num_calls)
+    terms = terms_of(corrections, table.num_calls, adapter.device, adapter.dtype)
     given = {name: runtime.put(array) for name, array in rows.items()}
     found = []
     cfg = runtime.bundle.cfg
