@@ -12,9 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import CALLS, CFG, Exported, export, make_dit, make_pixart, make_table, random_mask
+from conftest import CALLS, CFG, Exported, export, make_dit, make_pixart, make_table, random_corrections, random_mask
 
 from hcompress.adapter import Adapter
+from hcompress.corrections import Corrections
 from hcompress.errors import InputError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.grid import FORMATS
@@ -55,9 +56,14 @@ def dit() -> QuantizedAdapter:
 
 
 @pytest.fixture(scope="module")
-def bundles(dit: QuantizedAdapter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+def traced(dit: QuantizedAdapter) -> ir.Model:
+    return trace(dit, CFG)
+
+
+@pytest.fixture(scope="module")
+def bundles(dit: QuantizedAdapter, traced: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     folder = tmp_path_factory.mktemp("layouts")
-    return {layout: export(folder / layout, dit, MASK, layout=layout) for layout in LAYOUTS}
+    return {layout: export(folder / layout, dit, MASK, layout=layout, traced=traced) for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -156,17 +162,26 @@ def test_every_layer_is_that_of_pytorch(make, dtype: str) -> None:
     check_layers(adapter, trace(adapter, CFG), ONE_LAYER[dtype])
 
 
-def check_trajectory(adapter: QuantizedAdapter, path: Path, mask: np.ndarray) -> None:
+def check_trajectory(
+    adapter: QuantizedAdapter, path: Path, mask: np.ndarray, corrections: Corrections | None = None
+) -> None:
     with Runtime(path, threads=1) as runtime:
         given = example(adapter.conditions, 3)
-        found = drifts(adapter, runtime, given, mask)
-        assert max(drift.error for drift in found) <= allowed(adapter, runtime, given, mask)
+        found = drifts(adapter, runtime, given, mask, corrections)
+        assert max(drift.error for drift in found) <= allowed(adapter, runtime, given, mask, corrections)
         assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_whole_cached_trajectories_are_those_of_pytorch(dit, bundles, layout: str) -> None:
     check_trajectory(dit, bundles[layout].path, MASK)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_and_so_they_are_where_reuse_is_corrected(dit, traced, layout: str, tmp_path: Path) -> None:
+    corrections = random_corrections(MASK, dit.graph.widths)
+    path = export(tmp_path / "b", dit, MASK, layout=layout, traced=traced, corrections=corrections).path
+    check_trajectory(dit, path, MASK, corrections)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
