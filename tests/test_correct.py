@@ -16,7 +16,8 @@ from hcompress.caching.correct import RIDGE, correct, fit, solve
 from hcompress.caching.problem import OneProcess
 from hcompress.caching.rules import interval
 from hcompress.caching.settings import IntervalSettings
-from hcompress.corrections import history
+from hcompress.caching.tune import tune
+from hcompress.corrections import history, taylor
 from hcompress.errors import RecipeError
 from hcompress.recipe import resolve
 from hcompress.sampling import corrected, sample
@@ -94,6 +95,18 @@ def test_on_every_family_corrected_samples_are_nearer_to_the_dense_ones_than_pla
     assert (better - dense).square().mean() < (plain - dense).square().mean()
 
 
+@pytest.mark.parametrize(("make", "solver"), FAMILIES.values(), ids=FAMILIES)
+def test_tuning_brings_samples_nearer_and_leaves_all_else_alone(make, solver: str) -> None:
+    problem = make_problem(make(), solver=solver)
+    compute = interval(*problem.shape, every=3)
+    start = replace(taylor(compute, problem.adapter.graph.widths), rule="corrected")
+    tuned = tune(problem, compute, start, 3)
+    tuned.check_fits(compute, problem.adapter.graph.names)
+    assert problem.score_db(compute, tuned) > problem.score_db(compute, start)
+    assert tune(problem, compute, start, 3).fingerprint == tuned.fingerprint
+    assert not any(parameter.requires_grad for parameter in problem.adapter.network.parameters())
+
+
 def test_a_fit_everywhere_goes_the_same_way(tiny_dit) -> None:
     """What is computed is fitted too, and only looked at: the reused entries get the vectors that they get alone."""
     problem, compute = make_problem(tiny_dit), random_mask(6, 4, seed=1)
@@ -109,19 +122,19 @@ def test_a_fit_everywhere_goes_the_same_way(tiny_dit) -> None:
 def test_the_model_may_be_in_a_half(tiny_dit) -> None:
     problem = make_problem(make_dit().to(torch.bfloat16))
     compute = interval(6, 4, every=2)
-    corrections = correct(problem, compute, IntervalSettings(every=2, reuse="corrected")).corrections
+    corrections = correct(problem, compute, IntervalSettings(every=2, reuse="corrected", fit_steps=1)).corrections
     assert corrections is not None and problem.score_db(compute, corrections) > problem.score_db(compute)
 
 
 @pytest.mark.parametrize("name", ["harmonica", "learning-to-cache", "uniform", "interval"])
 @pytest.mark.parametrize("reuse", ["taylor", "corrected"])
 def test_a_method_runs_under_every_rule_and_plain_is_its_default(name: str, reuse: str, skipping_dit) -> None:
-    settings = USUAL[name] | {"reuse": reuse, "fit_samples": SAMPLES}
+    settings = USUAL[name] | {"reuse": reuse, "fit_samples": SAMPLES, "fit_steps": 2}
     method = make_method(name, skipping_dit, settings)
     for _ in method.run():
         pass
     compute = method.found().compute
-    rule = IntervalSettings(every=2, reuse=reuse, fit_samples=SAMPLES)
+    rule = IntervalSettings(every=2, reuse=reuse, fit_samples=SAMPLES, fit_steps=0)
     found = correct(make_problem(skipping_dit), compute, rule)
     assert found.corrections is not None and found.corrections.rule == reuse
     assert found.history["fallbacks"] == found.corrections.fallbacks(compute)
@@ -130,7 +143,14 @@ def test_a_method_runs_under_every_rule_and_plain_is_its_default(name: str, reus
 
 @pytest.mark.parametrize("proxy", ["leave_one_out", "cumulative", "sensitivity"])
 def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, skipping_dit) -> None:
-    settings = QUICK | {"beta": 1e-3, "trajectories": 3, "refresh": 12, "fit_samples": SAMPLES, "reuse": "corrected"}
+    settings = QUICK | {
+        "beta": 1e-3,
+        "trajectories": 3,
+        "refresh": 12,
+        "fit_samples": SAMPLES,
+        "fit_steps": 0,
+        "reuse": "corrected",
+    }
     settings |= {"proxy": proxy, "lr": 2.0}  # fast enough for the hard schedule to change between refreshes
     whole = make_method("harmonica", skipping_dit, settings)
     for _ in whole.run():
@@ -154,7 +174,7 @@ def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, skipp
 
 def test_train_leaves_a_corrected_schedule(tiny_run, tmp_path) -> None:
     flags = {"model": str(tiny_run.parent / "model"), "solver.steps": 6, "caching.method": "interval"}
-    flags |= {"caching.every": 3, "caching.reuse": "corrected", "caching.fit_samples": SAMPLES}
+    flags |= {"caching.every": 3, "caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
     schedule = train(resolve(None, flags), tmp_path / "run")
     assert schedule.reuse == "corrected" and schedule.method["degenerate_channels"] == 0
     assert schedule.method["fallbacks"] == schedule.fallbacks == 2 * len(schedule.names)  # calls 1 and 2 have no p
