@@ -96,7 +96,7 @@ def check_made_for(setting: Setting, schedule: Schedule | None) -> None:
     if schedule is None or not file.is_file():
         return
     made_for = read_origin(file).schedule
-    if made_for not in (None, schedule.fingerprint):
+    if made_for not in (None, schedule.fingerprint, replace(schedule, corrections=None).fingerprint):
         raise ScheduleError(
             f"the step sizes of {setting.model.name} were learned under schedule {str(made_for)[:12]}, not under this "
             f"one ({schedule.fingerprint[:12]}); export {setting.model.name} itself, or quantize --with-cache for this"

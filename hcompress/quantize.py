@@ -10,7 +10,7 @@ import torch
 
 from hcompress.adapter import Adapter
 from hcompress.distil import Report, distil
-from hcompress.errors import ModelError
+from hcompress.errors import ModelError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import FILE, Origin, load_quantized, read_origin, save_quantized
 from hcompress.models.loading import load_model
@@ -81,6 +81,11 @@ def quantize(
         schedule = Schedule.load(Path(settings.with_cache))
     if schedule is not None:
         schedule.check_fits(setting.adapter.graph, setting.identity)
+        if schedule.corrections is not None:
+            raise ScheduleError(
+                f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask "
+                "(`hcompress train --reuse plain`), then fit on what came out: hcompress train RUN --reuse corrected"
+            )
     run = open_run(out, recipe, resume=resume)
     if isinstance(settings, EfficientDMSettings):
         on_start(setting, 0)

@@ -18,10 +18,12 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
+from test_corrections import drawn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import hcompress
+from hcompress.corrections import Corrections
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.models.dit import DiT
 from hcompress.sampling import sample
@@ -60,10 +62,12 @@ def mask(num_calls: int = STEPS, seed: int = 0) -> np.ndarray:
     return compute
 
 
-def schedule_for(pipe: DiTPipeline, compute: np.ndarray, steps: int = STEPS) -> Schedule:
+def schedule_for(
+    pipe: DiTPipeline, compute: np.ndarray, steps: int = STEPS, corrections: Corrections | None = None
+) -> Schedule:
     adapter = DiT(network())
     identity = adapter.identity("tiny", dict(solver_identity(pipe.scheduler, steps)), CFG)
-    return Schedule(compute, adapter.graph.names, identity)
+    return Schedule(compute, adapter.graph.names, identity, corrections=corrections)
 
 
 def pictures(pipe: DiTPipeline, *, steps: int = STEPS, cfg: float = CFG, labels: list[int] = LABELS) -> torch.Tensor:
@@ -73,12 +77,15 @@ def pictures(pipe: DiTPipeline, *, steps: int = STEPS, cfg: float = CFG, labels:
     )[0]
 
 
-def reference(pipe: DiTPipeline, compute: np.ndarray | None, cfg: float = CFG) -> torch.Tensor:
+def reference(
+    pipe: DiTPipeline, compute: np.ndarray | None, cfg: float = CFG, corrections: Corrections | None = None
+) -> torch.Tensor:
     """The same pictures by hcompress.sampling, from the noise that the pipeline draws."""
     adapter = DiT(network())
     start = torch.randn((len(LABELS), *adapter.sample_shape), generator=torch.Generator().manual_seed(7))
     table = probe(pipe.scheduler, STEPS)
-    latents = sample(adapter, table, adapter.label_condition(LABELS), start, cfg=cfg, compute=compute)
+    how = {"cfg": cfg, "compute": compute, "corrections": corrections}
+    latents = sample(adapter, table, adapter.label_condition(LABELS), start, **how)
     with torch.no_grad():
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     return (decoded / 2 + 0.5).clamp(0, 1)
@@ -95,6 +102,16 @@ def test_pictures_are_those_of_the_reference_sampler(pipe, tmp_path, cfg):
     # embedding where the pipeline multiplies all: some rounding errors over 6 steps, amplified by an untrained decoder.
     assert (cached - reference(pipe, compute, cfg)).abs().max() <= 1e-5
     assert (cached - dense).abs().max() > 1e-3
+
+
+def test_corrected_pictures_are_those_of_the_reference_sampler(pipe):
+    compute = mask()
+    vectors = drawn(compute, DiT(network()).graph.widths)
+    plain, want = reference(pipe, compute), reference(pipe, compute, corrections=vectors)
+    hcompress.apply_schedule(pipe, schedule_for(pipe, compute, corrections=vectors))
+    for _ in range(2):  # what the first generation left is forgotten
+        assert (pictures(pipe) - want).abs().max() <= 1e-5  # as for plain reuse, above
+    assert (want - plain).abs().max() > 1e-3
 
 
 def test_an_all_true_schedule_gives_exactly_the_pictures_of_the_unpatched_pipeline(pipe):

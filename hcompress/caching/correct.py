@@ -15,7 +15,7 @@ Memory: c and p of every branch for all samples at once. Legend: T calls, N bran
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from torch import Tensor
 from hcompress.adapter import Route
 from hcompress.caching.problem import Problem, Ranks
 from hcompress.caching.settings import MethodSettings
+from hcompress.caching.tune import tune
 from hcompress.corrections import Corrections, computed_before, taylor
 from hcompress.sampling import Terms, constants_of, corrected, solver_output
 
 RIDGE = 1e-3
+MEASURED = 16  # samples by which fitted vectors are compared with Taylor's
 FITTING_STREAMS = 3 << 32  # sample numbers of fits, beside those of hcompress.caching.problem
 
 
@@ -66,7 +68,10 @@ class Corrected:
 
 
 def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
-    """The corrections of the mask bool[T, N] by the rule that `settings` ask for."""
+    """The corrections of the mask bool[T, N] by the rule that `settings` ask for.
+
+    Fitted ones start from least squares or from Taylor's rule, whichever gives the better samples, and are tuned.
+    """
     if settings.reuse == "plain":
         return Corrected()
     widths = problem.adapter.graph.widths
@@ -74,7 +79,10 @@ def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettin
         corrections = taylor(compute, widths)
         return Corrected(corrections, {"fallbacks": corrections.fallbacks(compute)})
     fitted = fit(problem, compute, settings.fit_samples)
-    corrections = fitted.corrections(widths)
+    straight = replace(taylor(compute, widths), rule="corrected")
+    corrections = max((fitted.corrections(widths), straight), key=lambda one: problem.score_db(compute, one, MEASURED))
+    if settings.fit_steps and not compute.all():
+        corrections = tune(problem, compute, corrections, settings.fit_steps)
     counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
     return Corrected(corrections, counts)
 

@@ -27,6 +27,7 @@ class MethodSettings(BaseModel):
         "plain", description="what a reused branch yields: plain (the papers'), taylor or corrected (fitted)"
     )
     fit_samples: int = Field(60, ge=LEAST_SAMPLES, description="noises that corrections are fitted on, by each rank")
+    fit_steps: int = Field(100, ge=0, description="gradient steps on the image's error after least squares")
 
     def reusing_steps(self, steps: int) -> tuple[int, str]:
         """How many of `steps` steps may reuse anything, and why no more."""

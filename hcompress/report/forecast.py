@@ -26,14 +26,27 @@ def forecast(recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
         "model": recipe.model,
         "solver": f"{setting.identity.solver['class']}, {recipe.solver.steps} steps, {calls} calls",
         "method": settings.method,
+        "reuse": settings.reuse,
         "branches": len(graph),
         "entries": calls * len(graph),
         **work,
+        **_fits(recipe, calls),
         "slot_bytes": sum(math.prod(branch.shape) for branch in graph.branches) * work["rows_per_call"] * 4,
         "macs_dense": graph.call_macs,
         "highest_cur": float(1 - laziest.mean()),
         "highest_mac_ratio": graph.mac_ratio(laziest),
     }
+
+
+def _fits(recipe: Recipe, calls: int) -> dict[str, int]:
+    """Model calls that fit corrections, and the rows of each; none for rules without a fit."""
+    settings = recipe.caching
+    if settings.reuse != "corrected":
+        return {}
+    fits = 1
+    if isinstance(settings, HarmoniCaSettings):  # at each refresh, and to score what would be left
+        fits += 2 * math.ceil(settings.trajectories / max(1, settings.refresh // calls))
+    return {"fit_calls": fits * calls, "rows_per_fit_call": settings.fit_samples * (1 if recipe.cfg == 1.0 else 2)}
 
 
 def _work(recipe: Recipe, setting: Setting) -> dict[str, Any]:

@@ -77,9 +77,9 @@ class Training:
             yield self.router.progress(loss, mse, self.score_db() if scored else None)
 
     def score_db(self) -> float:
-        """Of the hard schedule as it would be left now."""
-        hard = self.router.hard()
-        corrections = correct(self.problem, hard, self.settings).corrections
+        """Of the hard schedule as it would be left now, but for tuning, which waits for the end."""
+        hard, untuned = self.router.hard(), self.settings.model_copy(update={"fit_steps": 0})
+        corrections = correct(self.problem, hard, untuned).corrections
         return self.problem.score_db(hard, corrections, self.settings.batch)
 
     def draw(self, trajectory: int) -> tuple[Condition, Tensor, list[Tensor]]:

@@ -1,0 +1,241 @@
+"""What a reused branch should yield: quality against MACs under plain, Taylor and corrected reuse.
+
+    python benchmarks/corrected.py zoo:fashion-dit                                  # 3 seeds, T = 10, 20 and 50: a day
+    python benchmarks/corrected.py zoo:fashion-dit --steps 20 --seeds 0 --samples 64 --no-learned     # minutes
+
+Every row is one file under --work, so an interrupted run goes on where it stopped. Seed s trains and fits with seed s
+and is scored on the noise of seed 100 + s, which no fit sees. A setting is that of the model's shipped 20-step recipe.
+
+learned-RULE    HarmoniCa, its router trained under plain reuse or under corrected reuse, at each of --curs
+interval-RULE   every n-th call computes everything, n = 2, 3, 4: FORA, TaylorSeer of order 1, corrected
+fewer           uncached, with fewer steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from hcompress.recipe import Recipe
+
+RULES, INTERVALS = ("plain", "taylor", "corrected"), (2, 3, 4)
+SAVED = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # of fewer steps, dense steps over theirs
+SHOWN = {"cur": "CUR (%)", "mac_ratio": "MACs /", "psnr_db": "PSNR (dB)", "ssim": "SSIM", "fd64": "FD-64"}
+CLASSES = 10  # columns of a picture
+PICTURED = {"CUR 50 %": "interval-{}-2", "CUR 65 %": "interval-{}-3", "CUR 75 %": "interval-{}-4"}
+
+
+def recipe_of(model: str, steps: int, kind: str, seed: int) -> Recipe:
+    """The recipe of one row: the model's shipped one, with the row's steps, rule and goal."""
+    from hcompress.recipe import find, resolve, shipped
+
+    name = model.partition(":")[2]
+    base = next(recipe for recipe in shipped() if recipe.startswith(name) and recipe.endswith("20_harmonica"))
+    flags: dict[str, Any] = {"solver.steps": steps, "seed": seed}
+    method, rule, goal = kind.split("-")
+    if method == "interval":
+        flags |= {"caching.method": "interval", "caching.every": int(goal)}
+        learned = resolve(find(base))
+        flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg, "caching.reuse": rule}
+        return resolve(None, flags)
+    flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps, "caching.reuse": rule}
+    return resolve(find(base), flags)
+
+
+def folder_of(work: Path, model: str, steps: int) -> Path:
+    """Where the rows of one model at one T are."""
+    return work / f"{model.partition(':')[2]}-{steps}"
+
+
+def make(work: Path, model: str, steps: int, kind: str, seed: int) -> None:
+    """The schedule of one row, resuming where an earlier call stopped."""
+    from hcompress.train import train
+
+    out = folder_of(work, model, steps) / f"{kind}-{seed}"
+    if not (out / "schedule.safetensors").exists():
+        train(recipe_of(model, steps, kind, seed), out, resume=out.exists())
+
+
+def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: int) -> None:
+    """Generate and measure one row, unless its file is there."""
+    import torch
+
+    from hcompress.metrics.fashion import MIN_SAMPLES
+    from hcompress.report.quality import cost, distribution, generate, paired
+    from hcompress.schedule import Schedule
+    from hcompress.setting import open_setting, setting_of
+
+    folder = folder_of(work, model, steps)
+    file, images = folder / f"{samples}-{kind}-{seed}.json", folder / f"{samples}-{kind}-{seed}.npy"
+    if file.exists():
+        return
+    setting = setting_of(recipe_of(model, steps, "interval-plain-2", seed))
+    if kind == "dense":
+        drawn = generate(setting, samples, 100 + seed)
+        figures = cost(setting, np.ones((setting.table.num_calls, len(setting.adapter.graph)), bool))
+    elif kind.startswith("fewer"):
+        count = int(kind.partition("-")[2])
+        name = recipe_of(model, steps, "interval-plain-2", seed).solver.name
+        fewer = open_setting(model, name, count, setting.cfg)
+        drawn = generate(fewer, samples, 100 + seed)
+        figures = {"cur": 0.0, "mac_ratio": setting.table.num_calls / fewer.table.num_calls}
+    else:
+        schedule = Schedule.load(folder / f"{kind}-{seed}" / "schedule.safetensors")
+        drawn = generate(setting, samples, 100 + seed, schedule.compute, corrections=schedule.corrections)
+        figures = cost(setting, schedule.compute) | {"fallbacks": schedule.fallbacks}
+    if kind != "dense":
+        figures |= paired(drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
+    figures |= distribution(setting, drawn) if samples >= MIN_SAMPLES else {}
+    np.save(images, drawn.numpy())
+    file.write_text(json.dumps(figures, indent=1))
+    shown = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
+    print(f"{model} T = {steps}  {kind}-{seed:<3} {shown}", flush=True)
+
+
+def summarise(folder: Path, samples: int, kinds: Iterable[str], seeds: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """Mean and spread (standard deviation over seeds) of each row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        found = [json.loads((folder / f"{samples}-{kind}-{seed}.json").read_text()) for seed in seeds]
+        rows[kind] = {
+            key: {
+                "mean": statistics.mean(row[key] for row in found),
+                "std": statistics.pstdev(row[key] for row in found),
+            }
+            for key in found[0]
+        }
+    return rows
+
+
+def table(model: str, steps: int, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Markdown."""
+    shown = {key: title for key, title in SHOWN.items() if any(key in row for row in rows.values())}
+    lines = [f"| {model}, T = {steps} | " + " | ".join(shown.values()) + " |", "|---" * (1 + len(shown)) + "|"]
+    for kind, figures in rows.items():
+        cells = []
+        for key in shown:
+            scale, digits = (100, 1) if key == "cur" else (1, 2 if key in ("psnr_db", "mac_ratio") else 3)
+            value = figures.get(key)
+            cells.append(f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}" if value else "")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def save_pareto(path: Path, model: str, found: dict[int, dict[str, dict[str, Any]]]) -> None:
+    """PSNR against the share of MACs that is left, a panel for each T, a line for each rule."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(found), figsize=(4.6 * len(found), 3.8), squeeze=False, layout="constrained"
+    )
+    for axes, (steps, rows) in zip(panels[0], found.items(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for kind, row in rows.items():
+            if "psnr_db" in row:
+                point = (100 / row["mac_ratio"]["mean"], row["psnr_db"]["mean"])
+                lines.setdefault(kind.rpartition("-")[0], []).append(point)
+        for name, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=name)
+        axes.set_title(f"{model}, T = {steps}", fontsize=10)
+        axes.set_xlabel("MACs (% of uncached)")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("PSNR against uncached (dB)")
+    panels[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def save_pictures(path: Path, folder: Path, samples: int, seed: int) -> None:
+    """Samples from equal noise: the dense model's, then each rule's at each CUR, ten a row."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    named = {"dense": "dense"}
+    named |= {f"{cur}, {rule}": kind.format(rule) for cur, kind in PICTURED.items() for rule in RULES}
+    figure, rows = pyplot.subplots(len(named), 1, figsize=(9, 0.95 * len(named)), layout="constrained")
+    for axes, (title, kind) in zip(rows, named.items(), strict=True):
+        drawn = np.load(folder / f"{samples}-{kind}-{seed}.npy")[:CLASSES]
+        strip = np.concatenate(list(np.clip(drawn.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)), axis=1)
+        axes.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _call(task: Callable[[], None]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    task()
+
+
+def main() -> None:
+    """Train and fit, sample, summarise, write benchmarks/results/corrected*.{json,md,png}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 10, 50])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--curs", type=int, nargs="*", default=[30, 40, 50, 60, 70], help="of learned rows, in percent")
+    parser.add_argument("--no-learned", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/corrected"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    made = [f"interval-{rule}-{every}" for rule in RULES for every in INTERVALS]
+    made += [f"learned-{rule}-{cur}" for rule in ("plain", "corrected") for cur in args.curs if not args.no_learned]
+    each = [(model, steps) for model in args.models for steps in args.steps]
+    drawn = {at: ["dense", *made, *dict.fromkeys(f"fewer-{round(at[1] / saved)}" for saved in SAVED)] for at in each}
+    stages: list[list[Callable[[], None]]] = [[], []]
+    for model, steps in each:
+        folder_of(args.work, model, steps).mkdir(parents=True, exist_ok=True)
+        for seed in args.seeds:
+            stages[0] += [partial(sample, args.work, args.samples, model, steps, "dense", seed)]
+            stages[0] += [partial(make, args.work, model, steps, kind, seed) for kind in made]
+            rest = drawn[model, steps][1:]
+            stages[1] += [partial(sample, args.work, args.samples, model, steps, kind, seed) for kind in rest]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for stage in stages:
+            for _ in pool.imap_unordered(_call, stage):
+                pass
+    from hcompress.rundir import environment
+
+    result: dict[str, Any] = {"date": str(date.today()), "samples": args.samples, "seeds": args.seeds}
+    result |= {"environment": environment(), "models": {}}
+    lines: list[str] = []
+    args.results.mkdir(parents=True, exist_ok=True)
+    for model in args.models:
+        found = {}
+        name = model.partition(":")[2]
+        for steps in args.steps:
+            folder = folder_of(args.work, model, steps)
+            found[steps] = summarise(folder, args.samples, drawn[model, steps], args.seeds)
+            lines += table(model, steps, found[steps])
+            picture = args.results / f"corrected-{name}-{steps}-samples.png"
+            save_pictures(picture, folder, args.samples, args.seeds[0])
+        result["models"][model] = found
+        save_pareto(args.results / f"corrected-{name}.png", model, found)
+    (args.results / "corrected.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.results / "corrected.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

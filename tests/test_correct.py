@@ -1,0 +1,192 @@
+"""Fitted corrections: that they are the least squares they claim to be, on every family, in every method."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CFG, make_dit, make_flux, make_method, make_pixart, make_problem, make_sd3, make_uvit, random_mask
+from test_all_methods import QUICK, USUAL
+
+from hcompress.caching import CACHING
+from hcompress.caching.correct import RIDGE, correct, fit, solve
+from hcompress.caching.problem import OneProcess
+from hcompress.caching.rules import interval
+from hcompress.caching.settings import IntervalSettings
+from hcompress.caching.tune import tune
+from hcompress.corrections import history, taylor
+from hcompress.errors import RecipeError
+from hcompress.recipe import resolve
+from hcompress.sampling import corrected, sample
+from hcompress.setting import open_finished
+from hcompress.train import train
+
+FAMILIES = {
+    "dit": (make_dit, "ddim"),
+    "learned variance": (lambda: make_dit(out_channels=4), "ddpm"),
+    "pixart": (make_pixart, "ddim"),
+    "sd3": (make_sd3, "flow-euler"),
+    "flux": (make_flux, "flow-euler"),
+    "uvit": (make_uvit, "dpm++"),
+}
+SAMPLES = 8
+
+
+def drawn(width: int, *, p: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(width)
+    c, older = (torch.randn(6, 4, width, generator=generator) + 0.5 for _ in range(2))
+    return c, c + 0.1 * older if p else None
+
+
+@pytest.mark.parametrize("p", [True, False])
+def test_a_fit_is_ridge_least_squares_channel_by_channel(p: bool) -> None:
+    c, older = drawn(5, p=p)
+    true = c * 1.3 + torch.randn(c.shape, generator=torch.Generator().manual_seed(1))
+    terms, degenerate = solve(true, c, older, OneProcess())
+    for channel in range(5):
+        columns = [c, *([c - older] if p else []), torch.ones_like(c)]
+        x = torch.stack([column[..., channel].flatten() for column in columns], dim=1).double().numpy()
+        y = (true - c)[..., channel].flatten().double().numpy()
+        gram = x.T @ x / len(x)
+        want = np.linalg.solve(gram + RIDGE * np.diag(np.diag(gram)), x.T @ y / len(x))
+        got = [float(term[channel]) for term in terms if term is not None]
+        # sums over 24 float32 products: a few rounding errors of 6e-8, times the condition of a ridge of 1e-3
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    assert degenerate == 0 and (terms.d is None) != p
+
+
+def test_a_drift_that_follows_the_rule_is_found() -> None:
+    c, p = drawn(3)
+    a, d, b = torch.tensor([0.1, 0.0, -0.2]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.0, 0.3, -0.1])
+    true = c + a * c + d * (c - p) + b
+    terms, _ = solve(true, c, p, OneProcess())
+    left = (corrected(c, p, terms) - true).square().mean()
+    assert left <= (2 * RIDGE) ** 2 * 10 * (true - c).square().mean()  # a ridge shrinks by RIDGE times the condition
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_degenerate_channel_falls_to_plain_and_is_counted(value: float) -> None:
+    c, p = drawn(4)
+    c[..., 2], p[..., 2] = value, value
+    terms, degenerate = solve(c * 1.1, c, p, OneProcess())
+    assert degenerate == 1
+    for term in terms:
+        assert term[2] == 0 and term.isfinite().all() and (term[[0, 1, 3]] != 0).all()
+
+
+@pytest.mark.parametrize(("make", "solver"), FAMILIES.values(), ids=FAMILIES)
+def test_on_every_family_corrected_samples_are_nearer_to_the_dense_ones_than_plain_ones(make, solver: str) -> None:
+    problem = make_problem(make(), solver=solver)
+    compute = interval(*problem.shape, every=3)
+    fitted = fit(problem, compute, SAMPLES)
+    assert (fitted.residual > 0).sum() == (~compute).sum() and fitted.degenerate == 0
+    corrections = fitted.corrections(problem.adapter.graph.widths)
+    corrections.check_fits(compute, problem.adapter.graph.names)
+    assert (corrections.uses_older == history(compute)).all() and (corrections.changes == ~compute).all()
+    condition, start, noises = problem.draw(0, SAMPLES)  # not those that it was fitted on
+    run = {"cfg": CFG, "noises": noises}
+    dense, plain, better = (
+        sample(problem.adapter, problem.table, condition, start, compute=mask, corrections=vectors, **run)
+        for mask, vectors in ((None, None), (compute, None), (compute, corrections))
+    )
+    assert (better - dense).square().mean() < (plain - dense).square().mean()
+
+
+@pytest.mark.parametrize(("make", "solver"), FAMILIES.values(), ids=FAMILIES)
+def test_tuning_brings_samples_nearer_and_leaves_all_else_alone(make, solver: str) -> None:
+    problem = make_problem(make(), solver=solver)
+    compute = interval(*problem.shape, every=3)
+    start = replace(taylor(compute, problem.adapter.graph.widths), rule="corrected")
+    tuned = tune(problem, compute, start, 3)
+    tuned.check_fits(compute, problem.adapter.graph.names)
+    assert problem.score_db(compute, tuned) > problem.score_db(compute, start)
+    assert tune(problem, compute, start, 3).fingerprint == tuned.fingerprint
+    assert not any(parameter.requires_grad for parameter in problem.adapter.network.parameters())
+
+
+def test_a_fit_everywhere_goes_the_same_way(tiny_dit) -> None:
+    """What is computed is fitted too, and only looked at: the reused entries get the vectors that they get alone."""
+    problem, compute = make_problem(tiny_dit), random_mask(6, 4, seed=1)
+    alone, everywhere = (fit(problem, compute, SAMPLES, everywhere=flag) for flag in (False, True))
+    for call in range(6):
+        assert sorted(everywhere.terms[call]) == ([0, 1, 2, 3] if call else [])
+        assert sorted(alone.terms[call]) == np.flatnonzero(~compute[call]).tolist()
+        for branch, terms in alone.terms[call].items():
+            for one, other in zip(terms, everywhere.terms[call][branch], strict=True):
+                assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+
+
+def test_the_model_may_be_in_a_half(tiny_dit) -> None:
+    problem = make_problem(make_dit().to(torch.bfloat16))
+    compute = interval(6, 4, every=2)
+    corrections = correct(problem, compute, IntervalSettings(every=2, reuse="corrected", fit_steps=1)).corrections
+    assert corrections is not None and problem.score_db(compute, corrections) > problem.score_db(compute)
+
+
+@pytest.mark.parametrize("name", ["harmonica", "learning-to-cache", "uniform", "interval"])
+@pytest.mark.parametrize("reuse", ["taylor", "corrected"])
+def test_a_method_runs_under_every_rule_and_plain_is_its_default(name: str, reuse: str, skipping_dit) -> None:
+    settings = USUAL[name] | {"reuse": reuse, "fit_samples": SAMPLES, "fit_steps": 2}
+    method = make_method(name, skipping_dit, settings)
+    for _ in method.run():
+        pass
+    compute = method.found().compute
+    rule = IntervalSettings(every=2, reuse=reuse, fit_samples=SAMPLES, fit_steps=0)
+    found = correct(make_problem(skipping_dit), compute, rule)
+    assert found.corrections is not None and found.corrections.rule == reuse
+    assert found.history["fallbacks"] == found.corrections.fallbacks(compute)
+    assert CACHING[name] and IntervalSettings(every=2).reuse == "plain"
+
+
+@pytest.mark.parametrize("proxy", ["leave_one_out", "cumulative", "sensitivity"])
+def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, skipping_dit) -> None:
+    settings = QUICK | {
+        "beta": 1e-3,
+        "trajectories": 3,
+        "refresh": 12,
+        "fit_samples": SAMPLES,
+        "fit_steps": 0,
+        "reuse": "corrected",
+    }
+    settings |= {"proxy": proxy, "lr": 2.0}  # fast enough for the hard schedule to change between refreshes
+    whole = make_method("harmonica", skipping_dit, settings)
+    for _ in whole.run():
+        pass
+    first = make_method("harmonica", skipping_dit, settings)
+    walk = first.run()
+    next(walk)
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    second = make_method("harmonica", skipping_dit, settings)
+    second.restore(torch.load(file, weights_only=True))
+    for _ in second.run():
+        pass
+    assert (second.found().logits == whole.found().logits).all()
+    plain = make_method("harmonica", skipping_dit, settings | {"reuse": "plain"})
+    for _ in plain.run():
+        pass
+    assert (plain.found().logits != whole.found().logits).any()
+
+
+def test_train_leaves_a_corrected_schedule(tiny_run, tmp_path) -> None:
+    flags = {"model": str(tiny_run.parent / "model"), "solver.steps": 6, "caching.method": "interval"}
+    flags |= {"caching.every": 3, "caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
+    schedule = train(resolve(None, flags), tmp_path / "run")
+    assert schedule.reuse == "corrected" and schedule.method["degenerate_channels"] == 0
+    assert schedule.method["fallbacks"] == schedule.fallbacks == 2 * len(schedule.names)  # calls 1 and 2 have no p
+    setting, opened = open_finished(tmp_path / "run")
+    assert opened.fingerprint == schedule.fingerprint
+    again = replace(opened, corrections=None).reusing("taylor", setting.adapter.graph)
+    assert again.fingerprint != opened.fingerprint
+
+
+def test_too_few_samples_and_unknown_rules_are_refused_in_one_line(tiny_run) -> None:
+    flags = {"model": str(tiny_run.parent / "model"), "caching.method": "interval", "caching.every": 2}
+    with pytest.raises(RecipeError, match=r"caching\.fit_samples = 2 should be greater than or equal to 8"):
+        resolve(None, flags | {"caching.fit_samples": 2})
+    with pytest.raises(RecipeError, match=r"caching\.reuse = 'magic' should be 'plain', 'taylor' or 'corrected'"):
+        resolve(None, flags | {"caching.reuse": "magic"})
