@@ -43,9 +43,7 @@ def correct(graph: ir.Graph, c: ir.Value, branch: str, *, p: bool) -> tuple[ir.V
         v = tape.op("Add", [v, tape.op("Mul", [cast(older, ir.DataType.FLOAT), share])])
     v = cast(tape.op("Add", [v, offset]), kind)
     for index, value in enumerate(value for node in tape.nodes for value in node.outputs):
-        value.name = (
-            f"corrected.{branch}.{index}"  # or the names of an If's body would be taken from the graph round it
-        )
+        value.name = f"corrected.{branch}.{index}"  # unique also in the body of an If
     v.shape, v.type = c.shape, c.type
     return v, [*tape.nodes]
 

@@ -29,7 +29,7 @@ def freeze(
             they correct what any of them has to. They then share one graph, for some needless writes; what is kept
             from call to call stays the same.
     finish: where a value has one reader, which is corrected, the call that computes it writes what that reader yields;
-            not where this makes more graphs, as it does where only some values have one reader, and not with `widen`
+            not where this makes more graphs, as it does where only some values have one reader, nor with `widen`
 
     A mask that computes everything gives the dense plan, which has no slots.
     Raises ScheduleError for a mask that does not fit the graph, or whose first row reuses, and for corrections that do
@@ -47,7 +47,7 @@ def freeze(
     if not finish or widen or not corrects.any():
         return plan
     finished = _plan(graph, compute, *_finished(compute, corrects, older), widen)
-    return min(finished, plan, key=lambda plan: (len(plan.patterns), plan.peak_cache_bytes(1)))
+    return finished if len(finished.patterns) <= len(plan.patterns) else plan
 
 
 def _plan(graph: BranchGraph, compute: Mask, corrects: Mask, older: Mask, widen: bool) -> Plan:

@@ -107,8 +107,10 @@ class Plan:
                 raise ValueError(f"step {t} corrects {name!r}, which it neither reads nor writes")
             for name in {*step.reads} - {*self.branches, *step.corrects}:
                 raise ValueError(f"step {t} reads slot {name!r} but corrects nothing by it")
-            for name in {*step.keeps} - live | kept & live:
-                raise ValueError(f"step {t} keeps slot {name!r}, which holds nothing, or its place is taken")
+            for name in {*step.keeps} - live:
+                raise ValueError(f"step {t} keeps slot {name!r}, which holds nothing")
+            for name in kept & live:
+                raise ValueError(f"step {t} writes slot {name!r} over what it holds")
             live = live - {*step.keeps} | kept
             for name in {*step.reads} - live:
                 raise ValueError(f"step {t} reads slot {name!r}, which nothing has written")
