@@ -30,7 +30,7 @@ from hcompress.corrections import Corrections, computed_before, taylor
 from hcompress.sampling import Terms, constants_of, corrected, solver_output
 
 RIDGE = 1e-3
-MEASURED = 16  # samples by which fitted vectors are compared with Taylor's
+MEASURED = 16  # samples by which fitted vectors are compared with Taylor's and none
 FITTING_STREAMS = 3 << 32  # sample numbers of fits, beside those of hcompress.caching.problem
 
 
@@ -70,7 +70,7 @@ class Corrected:
 def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
     """The corrections of the mask bool[T, N] by the rule that `settings` ask for.
 
-    Fitted ones start from least squares or from Taylor's rule, whichever gives the better samples, and are tuned.
+    Fitted ones start from least squares, Taylor's rule or plain reuse, whichever gives the best samples, and are tuned.
     """
     if settings.reuse == "plain":
         return Corrected()
@@ -79,8 +79,13 @@ def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettin
         corrections = taylor(compute, widths)
         return Corrected(corrections, {"fallbacks": corrections.fallbacks(compute)})
     fitted = fit(problem, compute, settings.fit_samples)
-    straight = replace(taylor(compute, widths), rule="corrected")
-    corrections = max((fitted.corrections(widths), straight), key=lambda one: problem.score_db(compute, one, MEASURED))
+    zeros = tuple(np.zeros((len(compute), width), np.float32) for width in widths)
+    starts = (
+        fitted.corrections(widths),
+        replace(taylor(compute, widths), rule="corrected"),
+        Corrections("corrected", zeros, zeros, zeros),
+    )
+    corrections = max(starts, key=lambda one: problem.score_db(compute, one, MEASURED))
     if settings.fit_steps and not compute.all():
         corrections = tune(problem, compute, corrections, settings.fit_steps)
     counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
