@@ -17,7 +17,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ CLASSES = 10  # columns of a picture
 PICTURED = {"CUR 50 %": "interval-{}-2", "CUR 65 %": "interval-{}-3", "CUR 75 %": "interval-{}-4"}
 
 
-def recipe_of(model: str, steps: int, kind: str, seed: int) -> Recipe:
+def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] = ()) -> Recipe:
     """The recipe of one row: the model's shipped one, with the row's steps, rule and goal."""
     from hcompress.recipe import find, resolve, shipped
 
@@ -47,9 +47,9 @@ def recipe_of(model: str, steps: int, kind: str, seed: int) -> Recipe:
         flags |= {"caching.method": "interval", "caching.every": int(goal)}
         learned = resolve(find(base))
         flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg, "caching.reuse": rule}
-        return resolve(None, flags)
+        return resolve(None, flags, sets)
     flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps, "caching.reuse": rule}
-    return resolve(find(base), flags)
+    return resolve(find(base), flags, sets)
 
 
 def folder_of(work: Path, model: str, steps: int) -> Path:
@@ -57,13 +57,13 @@ def folder_of(work: Path, model: str, steps: int) -> Path:
     return work / f"{model.partition(':')[2]}-{steps}"
 
 
-def make(work: Path, model: str, steps: int, kind: str, seed: int) -> None:
+def make(work: Path, sets: Sequence[str], model: str, steps: int, kind: str, seed: int) -> None:
     """The schedule of one row, resuming where an earlier call stopped."""
     from hcompress.train import train
 
     out = folder_of(work, model, steps) / f"{kind}-{seed}"
     if not (out / "schedule.safetensors").exists():
-        train(recipe_of(model, steps, kind, seed), out, resume=out.exists())
+        train(recipe_of(model, steps, kind, seed, sets), out, resume=out.exists())
 
 
 def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: int) -> None:
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--curs", type=int, nargs="*", default=[30, 40, 50, 60, 70], help="of learned rows, in percent")
     parser.add_argument("--no-learned", action="store_true")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="of every recipe: caching.fit_steps=20")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/corrected"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
@@ -208,7 +209,7 @@ def main() -> None:
         folder_of(args.work, model, steps).mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
             stages[0] += [partial(sample, args.work, args.samples, model, steps, "dense", seed)]
-            stages[0] += [partial(make, args.work, model, steps, kind, seed) for kind in made]
+            stages[0] += [partial(make, args.work, args.sets, model, steps, kind, seed) for kind in made]
             rest = drawn[model, steps][1:]
             stages[1] += [partial(sample, args.work, args.samples, model, steps, kind, seed) for kind in rest]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:

@@ -140,6 +140,19 @@ class Schedule:
             )
         raise ScheduleError(f"there is no rule of reuse {rule!r}; choose from: {', '.join(get_args(Reuse))}")
 
+    def fitted_elsewhere(self, cfg: float) -> str | None:
+        """A line of warning where corrections were fitted at another guidance scale; None where they were not.
+
+        On zoo:fashion-dit (fitted at 1.5, every other call reused) a fit of another scale is up to 0.9 dB below one of
+        the scale itself, and 10 dB above plain reuse: not worth a refusal.
+        """
+        if self.reuse != "corrected" or self.identity.cfg in (None, cfg):
+            return None
+        return (
+            f"corrections were fitted at guidance {self.identity.cfg}, not {cfg}: up to 1 dB worse than a fit of its "
+            f"own, which `hcompress train ... --reuse corrected --cfg {cfg}` makes"
+        )
+
     def check_fits(self, graph: BranchGraph, identity: Identity) -> None:
         """Raise ScheduleError unless this schedule was made for this network, these weights, this solver and T.
 

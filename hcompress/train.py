@@ -73,7 +73,7 @@ def train(
     """Run the recipe's method to its end and leave `out`/schedule.safetensors.
 
     on_start gets the opened setting and the method as it starts or goes on, on_progress each round's figures, on_notice
-    a line on what was left out, such as an image that cannot be read.
+    a line on what was left out, such as an image that cannot be read, and on what takes its time.
     Raises RunError where `out` cannot be used or its checkpoint cannot be read, DataError for images.
     """
     ranks = launched_ranks()
@@ -93,6 +93,10 @@ def train(
             write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
     found = method.found()
+    if recipe.caching.reuse == "corrected":
+        on_notice(
+            f"fitting corrections on {recipe.caching.fit_samples} samples, {recipe.caching.fit_steps} steps of tuning"
+        )
     schedule = _schedule(recipe, setting, found, correct(problem, found.compute, recipe.caching))
     if writes:
         figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]}

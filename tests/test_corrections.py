@@ -179,3 +179,10 @@ def test_a_file_that_lacks_a_branch_is_refused(tmp_path: Path) -> None:
         (tmp_path / "bad.safetensors").write_bytes(save(broken, metadata))
         with pytest.raises(ScheduleError):
             Schedule.load(tmp_path / "bad.safetensors")
+
+
+def test_only_fitted_corrections_warn_at_another_guidance_scale() -> None:
+    fitted = schedule(corrections=GOOD)
+    assert fitted.fitted_elsewhere(1.5) is None
+    assert "fitted at guidance 1.5, not 3.0" in fitted.fitted_elsewhere(3.0)
+    assert fitted.reusing("taylor", GRAPH).fitted_elsewhere(3.0) is schedule().fitted_elsewhere(3.0) is None

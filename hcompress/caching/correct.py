@@ -30,7 +30,7 @@ from hcompress.corrections import Corrections, computed_before, taylor
 from hcompress.sampling import Terms, constants_of, corrected, solver_output
 
 RIDGE = 1e-3
-MEASURED = 16  # samples by which fitted vectors are compared with Taylor's
+MEASURED = 16  # samples by which fitted vectors are compared with Taylor's and none
 FITTING_STREAMS = 3 << 32  # sample numbers of fits, beside those of hcompress.caching.problem
 
 
@@ -39,12 +39,10 @@ class Fit:
     """What a pass found.
 
     terms:      one mapping a call, branch -> vectors [D], of every entry that was fitted
-    residual:   float64[T, N], E (f - v)^2 of what was fitted, 0 elsewhere
     degenerate: channels, of all entries together, that fell to plain: constant, or not finite
     """
 
     terms: Sequence[Mapping[int, Terms]]
-    residual: NDArray[np.float64]
     degenerate: int
 
     def corrections(self, widths: Sequence[int]) -> Corrections:
@@ -70,7 +68,7 @@ class Corrected:
 def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
     """The corrections of the mask bool[T, N] by the rule that `settings` ask for.
 
-    Fitted ones start from least squares or from Taylor's rule, whichever gives the better samples, and are tuned.
+    Fitted ones start from least squares, Taylor's rule or plain reuse, whichever gives the best samples, and are tuned.
     """
     if settings.reuse == "plain":
         return Corrected()
@@ -79,8 +77,13 @@ def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettin
         corrections = taylor(compute, widths)
         return Corrected(corrections, {"fallbacks": corrections.fallbacks(compute)})
     fitted = fit(problem, compute, settings.fit_samples)
-    straight = replace(taylor(compute, widths), rule="corrected")
-    corrections = max((fitted.corrections(widths), straight), key=lambda one: problem.score_db(compute, one, MEASURED))
+    zeros = tuple(np.zeros((len(compute), width), np.float32) for width in widths)
+    starts = (
+        fitted.corrections(widths),
+        replace(taylor(compute, widths), rule="corrected"),
+        Corrections("corrected", zeros, zeros, zeros),
+    )
+    corrections = max(starts, key=lambda one: problem.score_db(compute, one, MEASURED))
     if settings.fit_steps and not compute.all():
         corrections = tune(problem, compute, corrections, settings.fit_steps)
     counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
@@ -96,7 +99,7 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
     adapter, table, ranks = problem.adapter, problem.table, problem.ranks
     condition, start, noises = problem.draw(FITTING_STREAMS + ranks.rank * samples, samples)
     found: list[dict[int, Terms]] = [{} for _ in range(table.num_calls)]
-    residual, degenerate = np.zeros(problem.shape), 0
+    degenerate = 0
     slots: dict[int, Tensor] = {}
     older: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
@@ -108,12 +111,10 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
             if given is not None and (everywhere or not compute[call, branch]):
                 before = older.get(branch)
                 terms, fell = solve(true, given, before, ranks)
-                value = corrected(given, before, terms)
                 found[call][branch] = terms
-                residual[call, branch] = (true.float() - value.float()).square().mean().item()
                 degenerate += fell
                 if not compute[call, branch]:
-                    return value
+                    return corrected(given, before, terms)
             if given is not None:
                 older[branch] = given
             slots[branch] = true
@@ -125,7 +126,7 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
         x = table.combine(call, start, outputs, noises)
         raw = adapter.guided(x, condition, constants, problem.cfg, route_of(call))
         outputs.append(solver_output(raw, constants, table.noise_of(call, noises), adapter.sample_shape[0]))
-    return Fit(found, ranks.mean(torch.from_numpy(residual)).numpy(), degenerate)
+    return Fit(found, degenerate)
 
 
 def taylor_terms(compute: NDArray[np.bool_], device: torch.device, dtype: torch.dtype) -> list[dict[int, Terms]]:

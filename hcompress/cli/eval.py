@@ -48,7 +48,7 @@ def evaluate(
     setting = open_setting(model, solver, int(loaded.identity.solver["steps"]), guidance, device=device)
     loaded.check_fits(setting.adapter.graph, setting.identity)
     loaded = loaded.reusing(reuse, setting.adapter.graph)
-    if note := left_out(setting):
+    for note in filter(None, (left_out(setting), loaded.fitted_elsewhere(setting.cfg))):
         print(note, file=sys.stderr)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", "cached")}

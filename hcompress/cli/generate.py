@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,8 @@ def _from_model(
     setting = open_setting(model, solver, steps, cfg, device=device)
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)
+        if note := learned.fitted_elsewhere(setting.cfg):
+            print(note, file=sys.stderr)
     decoder = load_decoder(setting.model.folder)
 
     def run(given: Given) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hcompress.caching import CACHING
 from hcompress.caching.settings import HarmoniCaSettings, LearningToCacheSettings, SmoothCacheSettings
+from hcompress.caching.tune import BATCH
 from hcompress.recipe import Recipe
 from hcompress.setting import Setting, setting_of
 from hcompress.train import problem_of
@@ -39,14 +40,20 @@ def forecast(recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
 
 
 def _fits(recipe: Recipe, calls: int) -> dict[str, int]:
-    """Model calls that fit corrections, and the rows of each; none for rules without a fit."""
+    """Model calls that fit and that tune corrections, and the rows of each; none for rules without a fit."""
     settings = recipe.caching
     if settings.reuse != "corrected":
         return {}
     fits = 1
     if isinstance(settings, HarmoniCaSettings):  # at each refresh, and to score what would be left
         fits += 2 * math.ceil(settings.trajectories / max(1, settings.refresh // calls))
-    return {"fit_calls": fits * calls, "rows_per_fit_call": settings.fit_samples * (1 if recipe.cfg == 1.0 else 2)}
+    passes = 1 if recipe.cfg == 1.0 else 2
+    return {
+        "fit_calls": fits * calls,
+        "rows_per_fit_call": settings.fit_samples * passes,
+        "tune_calls": settings.fit_steps * 4 * calls,  # uncached, cached, that again on the way back, and gradient
+        "rows_per_tune_call": BATCH * passes,
+    }
 
 
 def _work(recipe: Recipe, setting: Setting) -> dict[str, Any]:
