@@ -4,13 +4,10 @@
 
 Three vectors of the branch's width, one row of `step.correction.<branch>` [1, 3 D], so that calls with equal patterns
 share a graph. Two products and two sums instead of three and four; what c - p would save by being small, float32 has to
-spare: the arithmetic is float32 whatever slots are in, which a compiler that fuses it gets for nothing. Where a gate
-follows, the vectors are gated instead of the tokens, and gate gain takes the place of the product with the gate.
+spare: the arithmetic is float32 whatever slots are in, which a compiler that fuses it gets for nothing.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -22,37 +19,10 @@ from hcompress_runtime.bundle import CORRECTION
 from hcompress_runtime.plan import Plan, before
 
 
-@dataclass(frozen=True)
-class Gated:
-    """The only use of a branch, product = gate * Reshape(branch, shape): vectors may be gated in place of tokens."""
-
-    product: ir.Node
-    gate: ir.Value
-    shape: ir.Value
-
-    @staticmethod
-    def of(branch: ir.Value) -> Gated | None:
-        """None where a branch is used in another way: without a gate, or a part at a time."""
-        reshape = _only_use(branch)
-        product = reshape and reshape.op_type == "Reshape" and _only_use(reshape.outputs[0])
-        if not reshape or not product or product.op_type != "Mul":
-            return None
-        (gate,) = [value for value in product.inputs if value is not reshape.outputs[0]]
-        return None if gate is None or reshape.inputs[1] is None else Gated(product, gate, reshape.inputs[1])
-
-
-def _only_use(value: ir.Value) -> ir.Node | None:
-    uses = [*value.uses()]
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def correct(
-    graph: ir.Graph, c: ir.Value, branch: str, *, p: bool, gated: Gated | None = None
-) -> tuple[ir.Value, list[ir.Node]]:
+def correct(graph: ir.Graph, c: ir.Value, branch: str, *, p: bool) -> tuple[ir.Value, list[ir.Node]]:
     """The corrected value of `branch`, like `c` [rows tokens, D], and the nodes that make it, in order.
 
     They are in no graph yet. `graph` is given the vectors as an input and, if `p` counts, the slot that holds it.
-    gated: what is wanted is its product, shaped, with a gate
     """
     if c.shape is None or not isinstance(width := c.shape[-1], int):
         raise AssertionError(f"{c.name} has no width")
@@ -65,23 +35,16 @@ def correct(
     def cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return value if kind == ir.DataType.FLOAT else tape.op("Cast", [value], {"to": dtype.value})
 
-    def tokens(slot: ir.Value) -> ir.Value:
-        return cast(tape.op("Reshape", [slot, gated.shape]) if gated else slot, ir.DataType.FLOAT)
-
-    terms = tape.op_multi_out("Split", [vectors], {"axis": 1, "num_outputs": 3}, num_outputs=3)
-    if gated:
-        gate = cast(gated.gate, ir.DataType.FLOAT)
-        terms = [tape.op("Mul", [gate, term]) for term in terms]
-    gain, share, offset = terms
-    v = tape.op("Mul", [tokens(c), gain])
+    gain, share, offset = tape.op_multi_out("Split", [vectors], {"axis": 1, "num_outputs": 3}, num_outputs=3)
+    v = tape.op("Mul", [cast(c, ir.DataType.FLOAT), gain])
     if p:
         older = ir.Value(name=f"cache_in.{before(branch)}", shape=c.shape, type=c.type)
         graph.inputs.append(older)
-        v = tape.op("Add", [v, tape.op("Mul", [tokens(older), share])])
+        v = tape.op("Add", [v, tape.op("Mul", [cast(older, ir.DataType.FLOAT), share])])
     v = cast(tape.op("Add", [v, offset]), kind)
     for index, value in enumerate(value for node in tape.nodes for value in node.outputs):
         value.name = f"corrected.{branch}.{index}"  # unique also in the body of an If
-    v.shape, v.type = None if gated else c.shape, c.type
+    v.shape, v.type = c.shape, c.type
     return v, [*tape.nodes]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
-from hcompress_export.correct import Gated, correct
+from hcompress_export.correct import correct
 from hcompress_export.narrow import narrow
 from hcompress_runtime.plan import Pattern, before
 
@@ -142,9 +142,8 @@ def expose(model: ir.Model, pattern: Pattern) -> None:
     graph.outputs.append(outputs["model_output"])
     for name in pattern.writes:
         value = outputs[f"cache.{name}"]
-        if name in pattern.corrects and (last := value.producer()):
-            value, nodes = correct(graph, value, name, p=before(name) in pattern.corrects)
-            graph.insert_after(last, nodes)
+        if name in pattern.corrects:
+            value = _corrected(graph, value, value, name, pattern)
         value.name = f"cache_out.{name}"
         graph.outputs.append(value)
 
@@ -155,17 +154,19 @@ def reuse(model: ir.Model, pattern: Pattern) -> None:
     values = {value.name: value for node in graph for value in node.outputs}
     for name in pattern.reads:
         branch = values[f"cache.{name}"]
-        value = slot = ir.Value(name=f"cache_in.{name}", shape=branch.shape, type=branch.type)
+        slot = ir.Value(name=f"cache_in.{name}", shape=branch.shape, type=branch.type)
         graph.inputs.append(slot)
-        gated = None
-        if name in pattern.corrects and (last := branch.producer()):
-            gated = Gated.of(branch)
-            value, nodes = correct(graph, slot, name, p=before(name) in pattern.corrects, gated=gated)
-            if gated:
-                graph.insert_before(gated.product, nodes)
-            else:
-                graph.insert_after(last, nodes)
-        ir.convenience.replace_all_uses_with(gated.product.outputs[0] if gated else branch, value)
+        value = _corrected(graph, branch, slot, name, pattern) if name in pattern.corrects else slot
+        ir.convenience.replace_all_uses_with(branch, value)
+
+
+def _corrected(graph: ir.Graph, branch: ir.Value, c: ir.Value, name: str, pattern: Pattern) -> ir.Value:
+    """`c` corrected, behind what computes `branch`."""
+    value, nodes = correct(graph, c, name, p=before(name) in pattern.corrects)
+    if (last := branch.producer()) is None:
+        raise AssertionError(f"nothing computes {branch.name}")
+    graph.insert_after(last, nodes)
+    return value
 
 
 def remove_unused(model: ir.Model) -> None:
