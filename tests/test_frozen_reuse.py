@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from conftest import (
     CFG,
     Exported,
     export,
-    make_dit,
     make_pixart,
     make_pooled_prompts,
     make_prompts,
@@ -177,8 +177,7 @@ def traced(tiny_dit: Adapter) -> ir.Model:
 
 
 FAMILIES = {
-    "dit": (make_dit, "ddim", LABELS),
-    "pixart": (make_pixart, "ddim", make_prompts(3, seed=1)),
+    "pixart": (partial(make_pixart, 1), "ddim", make_prompts(3, seed=1)),
     "uvit": (make_uvit, "dpmsolver", LABELS),
     "sd3": (make_sd3, "flow-euler", make_pooled_prompts(3, seed=1)),  # slots of unequal length
 }
@@ -186,10 +185,8 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> tuple[Adapter, ir.Model, str, Given]:
-    """A tiny model, its trace, a solver and conditions."""
+    """A tiny model, its trace, a solver and conditions; the DiT has tests of its own."""
     make, solver, conditions = FAMILIES[request.param]
-    if request.param == "dit":
-        return *map(request.getfixturevalue, ("tiny_dit", "traced")), solver, conditions
     adapter = make()
     return adapter, trace(adapter, CFG), solver, conditions
 
