@@ -117,8 +117,8 @@ def summarise(folder: Path, samples: int, kinds: Iterable[str], seeds: Iterable[
     return rows
 
 
-def table(model: str, steps: int, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Markdown."""
+def table(model: str, steps: int, rows: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
+    """Markdown; with spreads where there are several seeds."""
     shown = {key: title for key, title in SHOWN.items() if any(key in row for row in rows.values())}
     lines = [f"| {model}, T = {steps} | " + " | ".join(shown.values()) + " |", "|---" * (1 + len(shown)) + "|"]
     for kind, figures in rows.items():
@@ -126,7 +126,8 @@ def table(model: str, steps: int, rows: dict[str, dict[str, Any]]) -> list[str]:
         for key in shown:
             scale, digits = (100, 1) if key == "cur" else (1, 2 if key in ("psnr_db", "mac_ratio") else 3)
             value = figures.get(key)
-            cells.append(f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}" if value else "")
+            spread = f" ± {scale * value['std']:.{digits}f}" if value and several else ""
+            cells.append(f"{scale * value['mean']:.{digits}f}{spread}" if value else "")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -218,9 +219,15 @@ def main() -> None:
                 pass
     from hcompress.rundir import environment
 
-    result: dict[str, Any] = {"date": str(date.today()), "samples": args.samples, "seeds": args.seeds}
+    result: dict[str, Any] = {
+        "date": str(date.today()),
+        "samples": args.samples,
+        "seeds": args.seeds,
+        "sets": args.sets,
+    }
     result |= {"environment": environment(), "models": {}}
-    lines: list[str] = []
+    asked = ", ".join(["the recipe's settings", *args.sets])
+    lines = [f"{args.samples} samples a row, seeds {', '.join(map(str, args.seeds))}; {asked}.", ""]
     args.results.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         found = {}
@@ -228,7 +235,7 @@ def main() -> None:
         for steps in args.steps:
             folder = folder_of(args.work, model, steps)
             found[steps] = summarise(folder, args.samples, drawn[model, steps], args.seeds)
-            lines += table(model, steps, found[steps])
+            lines += table(model, steps, found[steps], several=len(args.seeds) > 1)
             picture = args.results / f"corrected-{name}-{steps}-samples.png"
             save_pictures(picture, folder, args.samples, args.seeds[0])
         result["models"][model] = found

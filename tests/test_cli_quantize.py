@@ -241,6 +241,15 @@ def test_a_schedule_of_another_model_is_refused(tmp_path: Path, tiny_run: Path, 
     assert not (tmp_path / "q").exists()
 
 
+def test_a_corrected_schedule_of_the_float_model_is_refused(tmp_path: Path, tiny_run: Path, model: Path) -> None:
+    recipe = resolve_quant(None, {"model": str(model), "solver.steps": CALLS, "quant.samples": 1})
+    graph = load_model(str(model)).adapter.graph
+    schedule = Schedule.load(tiny_run / "schedule.safetensors").reusing("taylor", graph)
+    with pytest.raises(ScheduleError, match="a schedule of taylor reuse belongs to the float model; quantize under"):
+        quantize(recipe, tmp_path / "q", schedule=schedule)
+    assert not (tmp_path / "q").exists()
+
+
 def test_a_recipe_is_of_one_kind(tmp_path: Path) -> None:
     file = tmp_path / "both.yaml"
     file.write_text("model: m\nquant: {method: fp8}\ncaching: {target_cur: 0.4}\n")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import CFG, make_dit, make_flux, make_method, make_pixart, make_problem, make_sd3, make_uvit, random_mask
 from test_all_methods import QUICK, USUAL
+from test_all_quantizers import case as quantized_case
 
 from hcompress.caching import CACHING
-from hcompress.caching.correct import RIDGE, correct, fit, solve
+from hcompress.caching.correct import MEASURED, RIDGE, correct, fit, solve
 from hcompress.caching.problem import OneProcess
 from hcompress.caching.rules import interval
 from hcompress.caching.settings import IntervalSettings
@@ -119,6 +120,23 @@ def test_a_fit_everywhere_goes_the_same_way(tiny_dit) -> None:
         for branch, terms in alone.terms[call].items():
             for one, other in zip(terms, everywhere.terms[call][branch], strict=True):
                 assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+
+
+@pytest.mark.parametrize("method", ["int8-max", "efficientdm"])
+def test_corrections_of_a_quantized_model_are_never_worse_than_none_where_they_are_measured(method: str) -> None:
+    """Exact: what chooses among plain reuse, Taylor's rule and fits is the score of these very samples."""
+    one = quantized_case(method, "dit")
+    problem = replace(make_problem(make_dit()), adapter=one.quantized, table=one.walk.table)
+    compute = interval(*problem.shape, every=2)
+    settings = IntervalSettings(every=2, reuse="corrected", fit_samples=SAMPLES, fit_steps=1)
+    corrections = correct(problem, compute, settings).corrections
+    assert corrections is not None
+    corrections.check_fits(compute, one.base.graph.names)
+    scores = [
+        problem.score_db(compute, vectors, MEASURED)
+        for vectors in (corrections, taylor(compute, problem.adapter.graph.widths), None)
+    ]
+    assert scores[0] == max(scores)
 
 
 def test_the_model_may_be_in_a_half(tiny_dit) -> None:

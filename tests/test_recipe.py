@@ -171,7 +171,7 @@ REFUSED = {
     "model=": "model = None should be a valid string",
     "caching": "write KEY=VALUE",
     "cfg=[": "not a YAML value",
-    "caching.no_such_thing_at_all=1": "known here: method, beta",
+    "caching.no_such_thing_at_all=1": "known here: method, reuse",
 }
 
 

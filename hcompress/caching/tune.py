@@ -28,7 +28,7 @@ from hcompress.corrections import Corrections, history
 from hcompress.sampling import Slots, Terms, constants_of, hard_route, sample, solver_output, trajectory
 
 TUNING_STREAMS = 5 << 32  # sample numbers, beside those of hcompress.caching.problem
-RATES = {"a": 3e-3, "d": 1e-2, "b": 1e-3}  # of Adam; b counts in units of its branch's root mean square
+RATES = {"a": 6e-3, "d": 2e-2, "b": 2e-3}  # of Adam; b counts in units of its branch's root mean square
 BETAS, WARM_UP, BATCH = (0.9, 0.95), 5, 8  # steps; noises a step and rank
 
 Vectors = Mapping[str, list[Tensor]]
