@@ -53,6 +53,7 @@ from hcompress_runtime.trt_build import build_engine
 
 CLOSE = 1e-5  # as in test_export: float32 rounding between libraries, over 5 calls
 LABELS = [0, 1, 2, 4, 3]
+SOME = settings(max_examples=50)
 
 
 @st.composite
@@ -68,6 +69,7 @@ def yields(mask: np.ndarray, corrections: Corrections, t: int, n: int) -> tuple[
 
 
 @pytest.mark.parametrize(("widen", "finish"), [(False, True), (False, False), (True, False)])
+@SOME
 @given(problem=corrected())
 def test_running_the_plan_gives_what_the_corrections_mean(
     problem: tuple[np.ndarray, Corrections], widen: bool, finish: bool
@@ -99,6 +101,7 @@ def test_running_the_plan_gives_what_the_corrections_mean(
     assert not slots
 
 
+@SOME
 @given(corrected())
 def test_a_slot_lives_from_its_writer_to_its_last_reader_and_the_peak_is_exact(
     problem: tuple[np.ndarray, Corrections],
@@ -123,6 +126,7 @@ def test_a_slot_lives_from_its_writer_to_its_last_reader_and_the_peak_is_exact(
     assert finished.peak_cache_bytes(1) <= plan.peak_cache_bytes(1) and len(finished.patterns) <= len(plan.patterns)
 
 
+@SOME
 @given(masks(), st.integers(0, 99), st.booleans())
 def test_without_p_slots_are_those_of_plain_reuse(mask: np.ndarray, seed: int, widen: bool) -> None:
     graph = graph_of(mask.shape[1])
@@ -133,6 +137,7 @@ def test_without_p_slots_are_those_of_plain_reuse(mask: np.ndarray, seed: int, w
         assert (ours.reads, ours.writes, ours.frees, ours.keeps) == (theirs.reads, theirs.writes, theirs.frees, ())
 
 
+@SOME
 @given(corrected())
 def test_a_wide_plan_has_one_pattern_a_mask(problem: tuple[np.ndarray, Corrections]) -> None:
     mask, corrections = problem
