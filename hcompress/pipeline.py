@@ -11,10 +11,10 @@ generation left behind is never read. The network's `forward` then runs the adap
 
 `torch.compile(fullgraph=True)` works before or after, as `torch.compile(pipe.transformer)` or
 `pipe.transformer.compile()`. The replaced `forward` stays in Python; what is compiled is one function for each distinct
-row, from the slots that it reuses and their corrections to the slots that it fills. torch.compile caches per code
-object, 8 variants each, so each of these functions owns its code: one graph a row, whatever T, and one more once the
-batch size varies. Modes that replay CUDA graphs ("reduce-overhead") overwrite the outputs of earlier calls, slots among
-them: use another.
+row (equal rows being corrected alike), from the slots that it reuses and their corrections to the slots that it fills.
+torch.compile caches per code object, 8 variants each, so each of these functions owns its code: one graph a row,
+whatever T, and one more once the batch size varies. Modes that replay CUDA graphs ("reduce-overhead") overwrite the
+outputs of earlier calls, slots among them: use another.
 """
 
 from __future__ import annotations
@@ -106,12 +106,13 @@ class _Cached:
         self._check(theirs.solver.get("steps", schedule.num_calls))
 
         kept = set(np.flatnonzero(~schedule.compute.all(axis=0)).tolist())
+        corrections, plain = schedule.corrections, np.zeros_like(schedule.compute)
+        changed, continued = (corrections.changes, corrections.uses_older) if corrections else (plain, plain)
+        keys = [b"".join(map(bytes, rows)) for rows in zip(schedule.compute, changed, continued, strict=True)]
         functions: dict[bytes, Call] = {}
-        for row in schedule.compute:
-            functions.setdefault(row.tobytes(), _call(self.adapter, row, kept, name=f"row_{len(functions)}"))
-        self.calls = [functions[row.tobytes()] for row in schedule.compute]
-        corrections = schedule.corrections
-        continued = corrections.uses_older if corrections else np.zeros_like(schedule.compute)
+        for key, row in zip(keys, schedule.compute, strict=True):
+            functions.setdefault(key, _call(self.adapter, row, kept, name=f"row_{len(functions)}"))
+        self.calls = [functions[key] for key in keys]
         self.continues = set(np.flatnonzero(continued.any(axis=0)).tolist())
         self.next: int | None = None
         self.done = -1
