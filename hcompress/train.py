@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hcompress.caching import CACHING
 from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
 from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.images import open_images
+from hcompress.meter import Meter
 from hcompress.recipe import Recipe
 from hcompress.report.heatmap import save_heatmap
 from hcompress.rundir import RunDir, open_run
@@ -49,13 +51,13 @@ class Launched:
         state.destroy_process_group()
 
 
-def launched_ranks() -> Ranks:
-    """This process among those of `accelerate launch`, or the only one."""
+def launched_ranks(patience: timedelta = timedelta(minutes=30)) -> Ranks:
+    """This process among those of `accelerate launch`, or the only one. `patience`: how long one waits for another."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return OneProcess()
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
     return Launched(state.process_index, state.num_processes)
 
 
@@ -65,17 +67,20 @@ def train(
     *,
     resume: bool = False,
     device: str = "cpu",
+    ranks: Ranks | None = None,
     on_start: Callable[[Setting, Method], None] = lambda setting, method: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_notice: Callable[[str], None] = lambda line: None,
 ) -> Schedule:
     """Run the recipe's method to its end and leave `out`/schedule.safetensors.
 
+    ranks: who trains it together; None: all processes of `accelerate launch`
+
     on_start gets the opened setting and the method as it starts or goes on, on_progress each round's figures, on_notice
     a line on what was left out, such as an image that cannot be read.
     Raises RunError where `out` cannot be used or its checkpoint cannot be read, DataError for images.
     """
-    ranks = launched_ranks()
+    ranks = ranks or launched_ranks()
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
@@ -85,15 +90,16 @@ def train(
     if writes:
         run.rewind(method.done)
     on_start(setting, method)
+    meter = Meter(setting.adapter.device)
     for progress in method.run():
         if writes:
-            run.log(asdict(progress))
+            run.log(asdict(progress) | meter.lap())
             write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
     found = method.found()
     schedule = _schedule(recipe, setting, found)
     if writes:
-        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]}
+        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]} | meter.lap()
         for record in [] if method.rounds else [*found.records, figures]:
             run.log(record)
         save_heatmap(schedule, run.heatmap)

@@ -90,6 +90,8 @@ class Training:
             r = torch.sigmoid(self.router.rows[call])
             scores = r.detach().numpy().astype(np.float64)
             keep = scores > self.settings.threshold
+            if self.settings.score == "hard":
+                r = r + (torch.from_numpy(keep).to(r.dtype) - r).detach()
             student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots), noises)
             mse = functional.mse_loss(student, target)
             loss = float(self.router.lambdas[call]) * mse
@@ -113,7 +115,11 @@ class Training:
     def refresh(self, condition: Condition, start: Tensor, noises: list[Tensor]) -> None:
         """IEPO: measure lambda anew on this trajectory's own noise, averaged over ranks."""
         router = self.router
-        measured = iepo.measure(self.denoise, self.table, router.scores(), self.settings, condition, start, noises)
+        if self.settings.proxy == "none":
+            router.lambdas[1:] = 1.0
+            return
+        scores = router.scores() if self.settings.score == "soft" else router.hard().astype(np.float64)
+        measured = iepo.measure(self.denoise, self.table, scores, self.settings, condition, start, noises)
         fresh = self.ranks.mean(measured.cpu()).double().numpy()
         router.lambdas[1:] = iepo.blend(router.lambdas[1:], fresh, self.settings)
 
