@@ -37,7 +37,7 @@ from torch import Tensor
 
 from hcompress.caching.problem import Method, OneProcess
 from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, row_file
-from hcompress.errors import HcompressError, RunError
+from hcompress.errors import HcompressError, RunError, ScheduleError
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.models.decoder import load_decoder
 from hcompress.quantize import quantize
@@ -167,8 +167,6 @@ class Bench:
             if difference := first_difference(type(cell.recipe).model_validate(row["recipe"]), cell.recipe):
                 raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
         else:
-            tell = partial(self.watch.doing, cell)
-            made = MAKERS[type(cell.recipe)](self, cell, tell)
             row = {
                 "group": group_name(cell.group),
                 "name": cell.name,
@@ -176,11 +174,19 @@ class Bench:
                 "seed": cell.seed,
                 "budget": cell.budget,
                 "recipe": cell.recipe.model_dump(exclude_none=True),
-                "figures": self._measured(cell, made, tell),
-                "training": made.training,
+                **self._outcome(cell),
             }
             write_atomically(file, json.dumps(row, indent=1).encode())
         self.watch.finished(cell, row)
+
+    def _outcome(self, cell: Cell) -> dict[str, Any]:
+        """Its figures and what it took, or why there is no such schedule."""
+        tell = partial(self.watch.doing, cell)
+        try:
+            made = MAKERS[type(cell.recipe)](self, cell, tell)
+        except ScheduleError as error:
+            return {"impossible": str(error)}
+        return {"figures": self._measured(cell, made, tell), "training": made.training}
 
     def _measured(self, cell: Cell, made: Made, tell: Tell) -> dict[str, float]:
         group, setting, folder = self.setting(cell.group), made.setting, self.out / cell.folder
@@ -251,7 +257,6 @@ def _cached(bench: Bench, cell: Cell, tell: Tell) -> Made:
             on_notice=bench.watch.notice,
         )
     schedule = Schedule.load(run.schedule)
-    schedule.check_fits(setting.adapter.graph, setting.identity)
     learns = recipe.caching.reusing_steps(setting.table.num_calls)[0]
     return Made(setting, schedule, _training(run, learns) | {"images": schedule.method.get("images_used", 0)})
 
@@ -375,4 +380,6 @@ def _open_folder(out: Path, comparison: Comparison) -> None:
         raise RunError(f"cannot use {out} for a comparison: {error.strerror}") from error
     if found and COMPARISON not in found:
         raise RunError(f"{out} holds {found[0]} but no {COMPARISON}, so it is no comparison; pass another --out")
-    write_atomically(out / COMPARISON, yaml.safe_dump(comparison.model_dump(exclude_none=True), sort_keys=False).encode())
+    write_atomically(
+        out / COMPARISON, yaml.safe_dump(comparison.model_dump(exclude_none=True), sort_keys=False).encode()
+    )

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -54,6 +54,8 @@ POINTS = {  # goals of a recipe, as a table says them
     "keys": lambda keys: f"{len(keys)} key calls",
 }
 
+Number = TypeVar("Number", int, float)
+
 
 class Entry(BaseModel):
     """A recipe of a comparison; a plain string is one as it stands."""
@@ -63,7 +65,9 @@ class Entry(BaseModel):
     recipe: str = Field(description="a shipped recipe or a file")
     name: str | None = Field(None, min_length=1, description="of its rows; None: the method's")
     set: dict[str, Any] = Field({}, description="settings by dotted path that replace the recipe's")
-    vary: dict[str, list[Any]] = Field({}, max_length=1, description="one setting and its values, in place of budgets")
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, max_length=1, description="one setting and its values, in place of budgets"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -147,15 +151,24 @@ def load_comparison(names: Sequence[str | Path], flags: Mapping[str, Any] | None
         raise RecipeError(_one_line(error)) from error
 
 
+def numbers(flag: str, text: str | None, kind: type[Number]) -> list[Number] | None:
+    """[0.2, 0.4] from "0.2,0.4". Raises RecipeError."""
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        example = {int: "0,1,2", float: "0.2,0.4"}[kind]
+        raise RecipeError(f"{flag} {text}: write numbers with commas between, such as {example}") from error
+
+
 def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
-    """All cells but those of fewer steps, seed by seed, uncached ones first; and what is left out. Raises RecipeError."""
+    """All cells but fewer steps, seed by seed and uncached ones first, and what is left out. Raises RecipeError."""
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
     for entry in comparison.recipes:
         file = find(entry.recipe)
         if "recipes" in read(file):
             raise RecipeError(f"{entry.recipe} is itself a comparison; pass it alone")
-        base = resolve_any(file, entry.set)
+        base = resolve_any(file, entry.set | {key: values[0] for key, values in entry.vary.items()})
         group, name = _group_of(base), entry.name or _name_of(base)
         for point, flags in _points(comparison, entry, base):
             try:
@@ -174,13 +187,15 @@ def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
             raise RecipeError(f"{count} rows are called {' '.join(filter(None, row[1:]))}; give each a name of its own")
     groups = {group_name(cell.group): cell.group for cell in cells}
     uncached = [Cell(group, UNCACHED, "", seed, group) for group in groups.values() for seed in comparison.seeds]
-    return sorted([*uncached, *cells], key=lambda cell: (comparison.seeds.index(cell.seed), cell.name != UNCACHED)), left_out
+    return sorted(
+        [*uncached, *cells], key=lambda cell: (comparison.seeds.index(cell.seed), cell.name != UNCACHED)
+    ), left_out
 
 
 def fewer_steps(cells: Iterable[Cell], share: Mapping[str, float]) -> list[Cell]:
     """The uncached model with as many steps as each budget among `cells` pays for, to the nearest step, seed by seed.
 
-    share: of a call's MACs that lies in branches, of each group. At a CUR of c, T calls cost as many as (1 - c share) T.
+    share: of a call's MACs that lies in branches, of each group; at a CUR of c, T calls cost as much as (1 - c share) T
     """
     found: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:

@@ -84,6 +84,9 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
     for cell in cells:
         groups.setdefault(group_name(cell.group), {"name": group_name(cell.group), "rows": [], "left_out": []})
     for (group, name, point), found in rows.items():
+        if reason := found[0][1].get("impossible"):
+            groups[group]["left_out"].append({"name": name, "point": point, "reason": reason})
+            continue
         groups[group]["rows"].append(
             {
                 "name": name,
@@ -97,8 +100,8 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
         )
     for one in left_out:
         groups[group_name(one.group)]["left_out"].append({"name": one.name, "point": one.point, "reason": one.reason})
-    for group in groups.values():
-        group["rows"].sort(key=_table_order)
+    for one_group in groups.values():
+        one_group["rows"].sort(key=_table_order)
     return {
         "title": comparison.title,
         "date": str(date.today()),
@@ -113,7 +116,9 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
     }
 
 
-def write_report(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path) -> dict[str, Any]:
+def write_report(
+    comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path
+) -> dict[str, Any]:
     """Write OUT/compare.{json,md,html} from the rows that are finished, and return what the first holds."""
     from hcompress.report.comparison_page import write_comparison_page
 
@@ -142,9 +147,9 @@ def provenance(report: Mapping[str, Any]) -> str:
     missing = report["cells"] - report["finished"]
     return (
         f"{report['samples']} samples a row and seed, {spread}; {report['date']}, {environment['cpu']}, "
-        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}. PSNR, SSIM and "
-        f"relative L2 compare with the uncached sample from the same noise. Latency is of {report['batch']} samples, "
-        "speed-up over the uncached model timed in turns with it."
+        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}. "
+        "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. "
+        f"Latency is of {report['batch']} samples, speed-up over the uncached model timed in turns with it."
         + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
     )
 
@@ -153,7 +158,9 @@ def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:
     """The columns that some row of a group has a figure for, in order; unknown metrics between quality and latency."""
     present = dict.fromkeys(key for row in group["rows"] for key in row["figures"])
     known = {key: column for key, column in COLUMNS.items() if key in present}
-    own = {key: Column(key, 3) for key in present if key not in COLUMNS and not key.endswith(FLOOR) and key not in UNSHOWN}
+    own = {
+        key: Column(key, 3) for key in present if key not in COLUMNS and not key.endswith(FLOOR) and key not in UNSHOWN
+    }
     last = {key: column for key, column in known.items() if key in ("latency_ms", "speedup", "megabytes")}
     return {key: column for key, column in known.items() if key not in last} | own | last
 
