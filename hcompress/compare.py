@@ -49,11 +49,11 @@ from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of
 from hcompress.train import Launched, launched_ranks, train
 from hcompress_runtime.files import write_atomically
-from hcompress_runtime.images import png
+from hcompress_runtime.images import COLUMNS, png
 from hcompress_runtime.measure import interleaved
 
 NOISE = 100  # seed s is measured on the noise of NOISE + s
-SHOWN, PICTURE = 10, "samples.png"  # samples of a picture
+PICTURE = "samples.png"  # one row of a grid
 BATCH = 32  # samples at once
 PATIENCE = timedelta(days=30)  # with the slowest process
 COMPARISON = "comparison.yaml"
@@ -215,7 +215,7 @@ class Bench:
             while not reference.exists():  # another process is at it
                 time.sleep(1)
             figures |= paired(samples, torch.from_numpy(np.load(reference)))
-        _save_picture(folder / PICTURE, samples[:SHOWN], group.model.folder)
+        _save_picture(folder / PICTURE, samples[:COLUMNS], group.model.folder)
         return figures
 
     def _reference(self, cell: Cell) -> Path:

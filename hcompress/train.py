@@ -84,13 +84,13 @@ def train(
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
+    meter = Meter(setting.adapter.device)
     method = CACHING[recipe.caching.method](problem_of(setting, recipe.seed, ranks, on_notice), recipe.caching)
     if resume and run.checkpoint.exists():
         method.restore(read_checkpoint(run.checkpoint))
     if writes:
         run.rewind(method.done)
     on_start(setting, method)
-    meter = Meter(setting.adapter.device)
     for progress in method.run():
         if writes:
             run.log(asdict(progress) | meter.lap())

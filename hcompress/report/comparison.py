@@ -16,6 +16,8 @@ from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
+NEAR = 0.03  # of its budget: a row whose CUR comes no nearer is not ranked
+SHORT = 1.0  # seconds that are no training cost
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,23 @@ TRAINING = {
 def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path) -> dict[str, Any]:
     """The whole report as one JSON object; figures are {"mean", "std"}, std being the deviation over seeds.
 
-    {"title", "date", "environment", "samples", "runner", "batch", "finished", "cells", "groups": [{"name", "rows":
-    [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out": [{...}]}]}
+    {"title", "date", "environment", "samples", "runner", "batch", "seeds", "finished", "cells", "groups": [{"name",
+    "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out": [{...}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
     finished = [(cell, file) for cell in cells if (file := row_file(out, cell, comparison)).exists()]
     rows: dict[tuple[str, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     for cell, file in finished:
         rows.setdefault(cell.row, []).append((cell, json.loads(file.read_text())))
-    for cell in cells:
-        groups.setdefault(group_name(cell.group), {"name": group_name(cell.group), "rows": [], "left_out": []})
-    for (group, name, point), found in rows.items():
+    for cell in sorted(cells, key=lambda cell: cell.name == FEWER_STEPS):
+        name = group_name(cell.group)
+        group = groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
+        group["methods"] += [cell.name] * (cell.name not in group["methods"])
+    for (where, name, point), found in rows.items():
         if reason := found[0][1].get("impossible"):
-            groups[group]["left_out"].append({"name": name, "point": point, "reason": reason})
+            groups[where]["left_out"].append({"name": name, "point": point, "reason": reason})
             continue
-        groups[group]["rows"].append(
+        groups[where]["rows"].append(
             {
                 "name": name,
                 "point": point,
@@ -100,8 +104,8 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
         )
     for one in left_out:
         groups[group_name(one.group)]["left_out"].append({"name": one.name, "point": one.point, "reason": one.reason})
-    for one_group in groups.values():
-        one_group["rows"].sort(key=_table_order)
+    for group in groups.values():
+        group["rows"].sort(key=_table_order)
     return {
         "title": comparison.title,
         "date": str(date.today()),
@@ -133,7 +137,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The tables of a report."""
     parts = [f"# {report['title']}", provenance(report)]
     for group in report["groups"]:
-        parts += [f"## {group['name']}", _markdown_table(quality_table(group))]
+        parts += [f"## {group['name']}", _markdown_table(quality_table(group)), meaning(report, group)]
         if len(cost := training_table(group)) > 1:
             parts += ["Training, a seed:", _markdown_table(cost)]
         parts += [f"Left out: {one['name']} at {one['point']}: {one['reason']}." for one in group["left_out"]]
@@ -141,17 +145,30 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def provenance(report: Mapping[str, Any]) -> str:
-    """Where the figures come from, in a sentence or three."""
+    """Where the figures come from."""
     environment, seeds = report["environment"], report["seeds"]
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     missing = report["cells"] - report["finished"]
     return (
         f"{report['samples']} samples a row and seed, {spread}; {report['date']}, {environment['cpu']}, "
-        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}. "
-        "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. "
-        f"Latency is of {report['batch']} samples, speed-up over the uncached model timed in turns with it."
+        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}."
         + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
     )
+
+
+def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """What the columns of a table are."""
+    said = (
+        "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. CUR is the share of branch "
+        f"evaluations that are reused; latency is that of {report['batch']} samples, and speed-up is over the uncached "
+        "model, timed in turns."
+    )
+    if floors_of(group):
+        said += (
+            " The distribution metrics use small networks of our own and are not FID, IS or CLIP; what real images "
+            "score at the same number of samples is the floor."
+        )
+    return said
 
 
 def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:
@@ -178,12 +195,16 @@ def quality_table(group: Mapping[str, Any]) -> list[list[str]]:
 
 def training_table(group: Mapping[str, Any]) -> list[list[str]]:
     """Head and rows as text of what was trained or calibrated."""
-    rows = [row for row in group["rows"] if "seconds" in row["training"]]
     table = [["method", "budget", *(column.title for column in TRAINING.values())]]
-    for row in rows:
+    for row in trained_rows(group):
         cells = [written(row["training"].get(key), column) for key, column in TRAINING.items()]
         table.append([row["name"], row["point"], *cells])
     return table
+
+
+def trained_rows(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that took time to make."""
+    return [row for row in group["rows"] if row["training"].get("seconds", {}).get("mean", 0) >= SHORT]
 
 
 def floors_of(group: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -201,11 +222,13 @@ def written(figure: Mapping[str, float] | None, column: Column) -> str:
 
 
 def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
-    """Numbers of the rows whose mean is the best of their budget, where several rows have that budget."""
+    """Numbers of the rows whose mean is the best of their budget, among several that kept to it."""
     column = columns_of(group)[key]
     budgets: dict[float, list[int]] = {}
     for index, row in enumerate(group["rows"]):
-        if row["budget"] is not None and key in row["figures"]:
+        if row["budget"] is None or key not in row["figures"]:
+            continue
+        if row["name"] == FEWER_STEPS or abs(row["figures"]["cur"]["mean"] - row["budget"]) <= NEAR:
             budgets.setdefault(row["budget"], []).append(index)
     sign = -1 if column.better == "lower" else 1
     mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hcompress.comparison import FEWER_STEPS, UNCACHED
+from hcompress.comparison import FEWER_STEPS, POINTS, UNCACHED
 from hcompress.report.comparison import (
     REAL,
     TRAINING,
@@ -21,16 +21,19 @@ from hcompress.report.comparison import (
     best_rows,
     columns_of,
     floors_of,
-    provenance,
+    meaning,
+    trained_rows,
     training_table,
     written,
 )
 from hcompress.report.page import write_page
 from hcompress.report.scatter import MARKERS, Level, Point, colour, marker, scatter_svg
 from hcompress.schedule import Schedule
+from hcompress_runtime.images import COLUMNS, GAP
 
 COSTS = {"mac_ratio": "uncached MACs over MACs", "speedup": "uncached latency over latency"}
 COMPUTED = (0x3C, 0x7F, 0xB1)  # of a schedule's picture; what is reused is transparent
+RANKED = "The best of each budget is coloured, of the rows that kept to it; at equal cost, see the plots."
 THUMBNAIL = 96  # most pixels of a sample's side
 
 
@@ -52,7 +55,7 @@ def write_comparison_page(report: Mapping[str, Any], out: Path, path: Path) -> N
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    methods = dict.fromkeys(row["name"] for group in report["groups"] for row in group["rows"])
+    methods = dict.fromkeys(name for group in report["groups"] for name in group["methods"])
     compared = [name for name in methods if name not in (UNCACHED, FEWER_STEPS)]
     others = [name for name in (FEWER_STEPS, UNCACHED) if name in methods]
     against = f", against {' and '.join(f'the {n} model' if n == UNCACHED else n for n in others)}" if others else ""
@@ -75,16 +78,16 @@ def _facts(report: Mapping[str, Any]) -> str:
 
 
 def _group(group: Mapping[str, Any], out: Path, report: Mapping[str, Any]) -> str:
-    series = [name for name in dict.fromkeys(row["name"] for row in group["rows"]) if name != UNCACHED]
+    series = [name for name in group["methods"] if name != UNCACHED]
     left_out = [f"{one['name']} at {one['point']} is left out: {one['reason']}." for one in group["left_out"]]
     parts = [
         f"<h2>{escape(group['name'])}</h2>",
         _plots(group, series),
         "<h3>All figures</h3>",
         _table(group),
-        f'<p class="note">{escape(_table_note(group, report))}</p>',
+        f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
         *(f'<p class="note">{escape(line)}</p>' for line in left_out),
-        _sheets(group, out),
+        _sheets(group, out, report["samples"]),
         _training(group),
     ]
     return f"<section>{''.join(parts)}</section>"
@@ -135,7 +138,7 @@ def cost_said(row: Mapping[str, Any]) -> str:
     """CUR, arithmetic and time of a row, in a line."""
     figures = row["figures"]
     said = [f"CUR {100 * figures['cur']['mean']:.1f} %", f"MACs / {figures['mac_ratio']['mean']:.2f}"]
-    return ", ".join([*said, f"{figures['speedup']['mean']:.2f}× faster"])
+    return ", ".join([*said, f"speed × {figures['speedup']['mean']:.2f}"])
 
 
 def _table(group: Mapping[str, Any]) -> str:
@@ -168,21 +171,20 @@ def _training(group: Mapping[str, Any]) -> str:
     if len(table) == 1:
         return ""
     heads = [_head(name, text=number < 2) for number, name in enumerate(table[0])]
-    trained = [row for row in group["rows"] if "seconds" in row["training"]]
     rows = []
-    for line, row in zip(table[1:], trained, strict=True):
+    for line, row in zip(table[1:], trained_rows(group), strict=True):
         cells = [_cell(text, text=True) for text in line[:2]]
         values = [row["training"].get(key, {}).get("mean") for key in TRAINING]
         cells += [_cell(text, value) for text, value in zip(line[2:], values, strict=True)]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         "Of one seed. Images are those that a method was shown, of its training set; minutes are wall-clock time of "
-        "training or calibration, scoring included; memory is the peak of the process, or on a GPU of its tensors."
+        "training or calibration, scoring included; memory is what it adds at its peak, on a GPU that of all tensors."
     )
     return f'<h3>Training cost</h3>{_scrolling(heads, rows)}<p class="note">{note}</p>'
 
 
-def _sheets(group: Mapping[str, Any], out: Path) -> str:
+def _sheets(group: Mapping[str, Any], out: Path, samples: int) -> str:
     """For each budget, the schedule of every method and samples from equal noise."""
     rows = group["rows"]
     budgets = [*dict.fromkeys(row["budget"] for row in rows if row["budget"] is not None)]
@@ -190,9 +192,9 @@ def _sheets(group: Mapping[str, Any], out: Path) -> str:
     panels = []
     for budget in budgets or [None]:
         shown = [*always[:1], *(row for row in rows if row["budget"] == budget is not None), *always[1:]]
-        lines = [line for row in shown if (line := _sheet_line(row, out))]
+        title = "samples" if budget is None else POINTS["target_cur"](budget)
+        lines = [line for row in shown if (line := _sheet_line(row, out, title, samples))]
         if lines:
-            title = "samples" if budget is None else f"CUR {100 * budget:g} %"
             panels.append(_panel(title, f'<div class="sheet">{"".join(lines)}</div>'))
     if not panels:
         return ""
@@ -207,19 +209,23 @@ def _sheets(group: Mapping[str, Any], out: Path) -> str:
     )
 
 
-def _sheet_line(row: Mapping[str, Any], out: Path) -> str:
+def _sheet_line(row: Mapping[str, Any], out: Path, title: str, samples: int) -> str:
+    """One row of a sheet; empty where it left neither."""
     folders = [out / folder for folder in row["folders"]]
     schedules = [Schedule.load(file) for folder in folders if (file := folder / "schedule.safetensors").exists()]
-    name = f"<strong>{escape(row['name'])}</strong><span>{escape(row['point'])}</span>"
-    psnr = row["figures"].get("psnr_db")
-    if psnr:
-        name += f"<span>{psnr['mean']:.1f} dB, {escape(cost_said(row))}</span>"
+    point = row["point"] if row["point"] != title else ""
+    figures = [point, *cost_said(row).split(", ")] if row["name"] != UNCACHED else []
+    if psnr := row["figures"].get("psnr_db"):
+        figures.insert(1, f"{psnr['mean']:.1f} dB PSNR")
+    name = f"<strong>{escape(row['name'])}</strong>" + "".join(
+        f"<span>{escape(said)}</span>" for said in figures if said
+    )
     label = escape(f"{row['name']} {row['point']}".strip())
     mask = strip = "<span></span>"
     if schedules:
         mask = f'<img class="crisp mask" src="{_schedule_png(schedules)}" alt="schedule of {label}">'
     if (folders[0] / "samples.png").exists():
-        strip = f'<img class="crisp" src="{_strip_png(folders[0] / "samples.png")}" alt="samples of {label}">'
+        strip = f'<img class="crisp" src="{_strip_png(folders[0] / "samples.png", samples)}" alt="samples of {label}">'
     elif not schedules:
         return ""
     return f"<div><div>{name}</div><div>{mask}</div><div>{strip}</div></div>"
@@ -234,28 +240,21 @@ def _schedule_png(schedules: Sequence[Schedule]) -> str:
     return _data_uri(Image.fromarray(pixels))
 
 
-def _strip_png(path: Path) -> str:
-    """A strip of samples, no larger than it has to be, as a data URI."""
-    with Image.open(path) as image:
-        size = (image.width * min(image.height, THUMBNAIL) // image.height, min(image.height, THUMBNAIL))
-        return _data_uri(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
+def _strip_png(path: Path, samples: int) -> str:
+    """A strip of samples, no larger than it has to be and with nothing between them, as a data URI."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGBA")
+    width = (image.width + GAP) // min(samples, COLUMNS)
+    for gap in range(width - GAP, image.width, width):
+        image.paste((0, 0, 0, 0), (gap, 0, gap + GAP, image.height))
+    size = (image.width * min(image.height, THUMBNAIL) // image.height, min(image.height, THUMBNAIL))
+    return _data_uri(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
 
 
 def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _table_note(group: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    said = [provenance(report).replace("**", "")]
-    said.append("The best of a budget is coloured, whatever its CUR came to: at equal cost, see the plots.")
-    if floors_of(group):
-        said.append(
-            "These distribution metrics use small networks of our own and are not FID, IS or CLIP; what real images "
-            "score at the same number of samples is the floor."
-        )
-    return " ".join(said)
 
 
 def _panel(title: str, content: str) -> str:
