@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ class Meter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif CLEAR.exists():
-            gc.collect()
             with suppress(OSError, AttributeError):  # no glibc
                 ctypes.CDLL(None).malloc_trim(0)  # else what earlier runs freed would be taken again unseen
             self.before = resident_bytes("VmRSS")
