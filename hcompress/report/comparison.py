@@ -42,14 +42,14 @@ COLUMNS = {
     "psnr_db": Column("PSNR (dB)", 2, "higher"),
     "ssim": Column("SSIM", 3, "higher"),
     "relative_l2": Column("rel. L2", 3, "lower"),
-    "is": Column("IS", 2, "higher"),  # these and those below: the published networks
+    "inception_score": Column("IS", 2, "higher"),  # these seven: the published networks, and the published names
     "fid": Column("FID", 2, "lower"),
     "sfid": Column("sFID", 2, "lower"),
     "kid": Column("KID × 1000", 2, "lower"),
-    "prec": Column("Prec.", 3, "higher"),
-    "rec": Column("Recall", 3, "higher"),
-    "clip": Column("CLIP", 2, "higher"),
-    "fd64": Column("FD-64", 3, "lower"),  # and from here on: networks of ours, comparable with nothing else
+    "inception_precision": Column("Prec.", 2, "higher", scale=100),
+    "inception_recall": Column("Recall", 2, "higher", scale=100),
+    "clip_score": Column("CLIP", 2, "higher"),
+    "fd64": Column("FD-64", 3, "lower"),  # and these: networks of ours, comparable with nothing else
     "accuracy": Column("accuracy", 3, "higher"),
     "precision": Column("precision", 3, "higher"),
     "recall": Column("recall", 3, "higher"),
