@@ -250,9 +250,14 @@ REPORT_THE_PAGE = """<script>addEventListener("load", () => {
   const points = document.querySelectorAll("svg .pt").length, before = shown();
   button(".keys button");
   const after = shown();
+  button(".keys button");
+  const box = document.querySelector("svg .pt").getBoundingClientRect();
+  const at = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true };
+  document.querySelector("svg .pt").dispatchEvent(new PointerEvent("pointermove", at));
+  const tip = document.querySelector(".tip").innerText;
   document.querySelectorAll("table")[0].tHead.rows[0].cells[3].querySelector("button").click();
   const verdict = {
-    seen, points, before, after, panels: panels(), sorted: column(),
+    seen, points, before, after, tip, panels: panels(), sorted: column(),
     undrawn: [...document.images].filter((image) => !image.naturalWidth).length, images: document.images.length,
     plots: [...document.querySelectorAll("[data-panels]")[0].querySelectorAll("svg")].map((svg) => svg.getBBox().width),
     overflow: document.documentElement.scrollWidth - innerWidth,
@@ -276,6 +281,7 @@ def test_a_browser_draws_the_whole_page_and_has_nothing_to_complain_of(done, tmp
     assert verdict["seen"] == [] and verdict["undrawn"] == 0
     assert verdict["images"] >= 8 and verdict["points"] >= 2 * 5 and all(verdict["plots"][:2])
     assert verdict["before"] > 0 == verdict["after"]  # a button takes its method out
+    assert verdict["tip"].splitlines()[0] == "HarmoniCa CUR 40 %"  # and a point says what it is
     assert verdict["panels"] == 2  # one metric and one budget at a time
     ratios = [float(text.split()[0]) for text in verdict["sorted"] if text]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) > 5

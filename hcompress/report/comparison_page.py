@@ -243,10 +243,10 @@ def _schedule_png(schedules: Sequence[Schedule]) -> str:
 def _strip_png(path: Path, samples: int) -> str:
     """A strip of samples, no larger than it has to be and with nothing between them, as a data URI."""
     with Image.open(path) as opened:
-        image = opened.convert("RGBA")
+        image = opened.convert("LA" if opened.mode == "L" else "RGBA")
     width = (image.width + GAP) // min(samples, COLUMNS)
     for gap in range(width - GAP, image.width, width):
-        image.paste((0, 0, 0, 0), (gap, 0, gap + GAP, image.height))
+        image.paste((0,) * len(image.mode), (gap, 0, gap + GAP, image.height))
     size = (image.width * min(image.height, THUMBNAIL) // image.height, min(image.height, THUMBNAIL))
     return _data_uri(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
 

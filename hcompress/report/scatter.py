@@ -55,14 +55,14 @@ def scatter_svg(
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "hcompress", "font.size": 8.5, "axes.edgecolor": MUTED}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "hcompress", "font.size": 9, "axes.edgecolor": MUTED}
     settings |= {"text.color": INK, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED}
     with pyplot.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(4.8, 3.4), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(4.6, 3.4), layout="constrained")
         for level in levels:
             axes.axhline(level.y, color=MUTED, linewidth=1, dashes=(4, 3))
             at = {"xy": (1, level.y), "xycoords": ("axes fraction", "data"), "xytext": (-2, 2), "ha": "right"}
-            axes.annotate(level.name, **at, textcoords="offset points", color=MUTED, fontsize=7.5)
+            axes.annotate(level.name, **at, textcoords="offset points", color=MUTED, fontsize=8)
         for number, points in enumerate(series):
             stand_in, drawn = f"#0001{number:02x}", sorted(points, key=lambda point: point.x)
             x, y = [point.x for point in drawn], [point.y for point in drawn]
