@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hcompress.caching.problem import Method, OneProcess
-from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, row_file
-from hcompress.errors import HcompressError, RunError, ScheduleError
+from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, in_order, row_file
+from hcompress.errors import HcompressError, RunError, ScheduleError, SolverError
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.models.decoder import load_decoder
 from hcompress.quantize import quantize
@@ -46,7 +46,7 @@ from hcompress.report.comparison import write_report
 from hcompress.report.quality import balanced_labels, cost, distribution, generate, left_out, paired
 from hcompress.rundir import RunDir, open_run
 from hcompress.schedule import Schedule
-from hcompress.setting import Setting, setting_of
+from hcompress.setting import Setting, setting_of, under_solver
 from hcompress.train import Launched, launched_ranks, train
 from hcompress_runtime.files import write_atomically
 from hcompress_runtime.images import COLUMNS, png
@@ -113,7 +113,7 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
             if line := left_out(bench.setting(group)):
                 watch.notice(line)
         if comparison.fewer_steps:
-            cells = sorted([*cells, *fewer_steps(cells, share)], key=_order(comparison.seeds))
+            cells = in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
         mine = cells[ranks.rank :: ranks.world]
         watch.start(mine)
         try:
@@ -135,13 +135,16 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
     return report if ranks.rank == 0 else {}
 
 
+class Impossible(Exception):
+    """There is no such row: a rule without a schedule near its budget, or a solver that does not go with the model."""
+
+
 @final
 class Bench:
     """What the cells of a comparison share: opened models and, for timing, their uncached runners."""
 
     def __init__(self, comparison: Comparison, out: Path, watch: Watch, device: str) -> None:
         self.comparison, self.out, self.watch, self.device = comparison, out, watch, device
-        self.suffix = f"{comparison.samples}-{comparison.runner}"
         self._settings: dict[str, Setting] = {}
         self._dense: dict[str, Draw] = {}
         self._runners = ExitStack()
@@ -153,16 +156,20 @@ class Bench:
         self._runners.close()
 
     def setting(self, group: Run) -> Setting:
-        """The uncached model of `group`."""
+        """The uncached model of `group`; of one model under several solvers there is one copy."""
         name = group_name(group)
         if name not in self._settings:
-            self._settings[name] = setting_of(group, device=self.device)
+            opened = next((one for one in self._settings.values() if one.model.name == group.model), None)
+            if opened is None:
+                self._settings[name] = setting_of(group, device=self.device)
+            else:
+                self._settings[name] = under_solver(opened.model, group.solver.name, group.solver.steps, group.cfg)
         return self._settings[name]
 
     def finish(self, cell: Cell) -> None:
         """Make, sample and measure `cell`, unless that is done. Raises RunError where another recipe made it."""
         file = row_file(self.out, cell, self.comparison)
-        if file.exists():
+        if file.exists() and (cell.name != UNCACHED or self._reference(cell).exists()):
             row = json.loads(file.read_text())
             if difference := first_difference(type(cell.recipe).model_validate(row["recipe"]), cell.recipe):
                 raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
@@ -184,7 +191,7 @@ class Bench:
         tell = partial(self.watch.doing, cell)
         try:
             made = MAKERS[type(cell.recipe)](self, cell, tell)
-        except ScheduleError as error:
+        except Impossible as error:
             return {"impossible": str(error)}
         return {"figures": self._measured(cell, made, tell), "training": made.training}
 
@@ -232,7 +239,10 @@ class Bench:
 
 
 def _as_it_is(bench: Bench, cell: Cell, tell: Tell) -> Made:
-    return Made(bench.setting(cell.recipe))
+    try:
+        return Made(bench.setting(cell.recipe))
+    except SolverError as error:
+        raise Impossible(error) from error
 
 
 def _cached(bench: Bench, cell: Cell, tell: Tell) -> Made:
@@ -245,18 +255,22 @@ def _cached(bench: Bench, cell: Cell, tell: Tell) -> Made:
         tell("training", method.done, total)
 
     setting, run = bench.setting(cell.group), open_run(bench.out / cell.folder, recipe, resume=True)
-    if not run.schedule.exists():
-        train(
-            recipe,
-            run.path,
-            resume=True,
-            device=bench.device,
-            ranks=OneProcess(),
-            on_start=on_start,
-            on_progress=lambda progress: tell("training", progress.round, total),
-            on_notice=bench.watch.notice,
-        )
-    schedule = Schedule.load(run.schedule)
+    if run.schedule.exists():
+        schedule = Schedule.load(run.schedule)
+    else:
+        try:
+            schedule = train(
+                recipe,
+                run.path,
+                resume=True,
+                device=bench.device,
+                ranks=OneProcess(),
+                on_start=on_start,
+                on_progress=lambda progress: tell("training", progress.round, total),
+                on_notice=bench.watch.notice,
+            )
+        except ScheduleError as error:
+            raise Impossible(error) from error
     learns = recipe.caching.reusing_steps(setting.table.num_calls)[0]
     return Made(setting, schedule, _training(run, learns) | {"images": schedule.method.get("images_used", 0)})
 
@@ -365,11 +379,6 @@ def _npy(samples: Tensor) -> bytes:
 
 def _unseen(done: int) -> None:
     """Progress that nobody watches."""
-
-
-def _order(seeds: Sequence[int]) -> Callable[[Cell], tuple[int, bool]]:
-    """Seed by seed, so that an interrupted comparison has whole ones; what the others are compared with comes first."""
-    return lambda cell: (seeds.index(cell.seed), cell.name != UNCACHED)
 
 
 def _open_folder(out: Path, comparison: Comparison) -> None:

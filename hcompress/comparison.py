@@ -181,15 +181,18 @@ def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
             cells += [Cell(group, name, point, recipe.seed, recipe, _budget_of(recipe)) for recipe in made]
     if not cells:
         raise RecipeError(f"no recipe reaches a budget of {comparison.budgets}: {left_out[0].reason}")
-    rows = Counter((cell.row, cell.seed) for cell in cells)
-    for (row, _), count in rows.items():
-        if count > 1:
-            raise RecipeError(f"{count} rows are called {' '.join(filter(None, row[1:]))}; give each a name of its own")
     groups = {group_name(cell.group): cell.group for cell in cells}
     uncached = [Cell(group, UNCACHED, "", seed, group) for group in groups.values() for seed in comparison.seeds]
-    return sorted(
-        [*uncached, *cells], key=lambda cell: (comparison.seeds.index(cell.seed), cell.name != UNCACHED)
-    ), left_out
+    cells = in_order([*uncached, *cells], comparison.seeds)
+    for folder, count in Counter(cell.folder for cell in cells).items():
+        if count > 1:
+            raise RecipeError(f"{count} rows are called {folder.name.rpartition('_')[0]}; give each a name of its own")
+    return cells, left_out
+
+
+def in_order(cells: Iterable[Cell], seeds: Sequence[int]) -> list[Cell]:
+    """Seed by seed, so that an interrupted comparison has whole ones; what the others are compared with comes first."""
+    return sorted(cells, key=lambda cell: (seeds.index(cell.seed), cell.name != UNCACHED))
 
 
 def fewer_steps(cells: Iterable[Cell], share: Mapping[str, float]) -> list[Cell]:
@@ -202,6 +205,8 @@ def fewer_steps(cells: Iterable[Cell], share: Mapping[str, float]) -> list[Cell]
         solver = cell.group.solver
         if cell.budget is not None:
             steps = max(1, round(solver.steps * (1 - cell.budget * share[group_name(cell.group)])))
+            if steps == solver.steps:
+                continue
             fewer = cell.group.model_copy(update={"solver": SolverSettings(name=solver.name, steps=steps)})
             one = Cell(cell.group, FEWER_STEPS, f"{steps} steps", cell.seed, fewer, cell.budget)
             found.setdefault((one.row, one.seed), one)

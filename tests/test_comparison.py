@@ -58,7 +58,11 @@ def test_every_recipe_at_every_budget_with_every_seed_is_one_cell_or_left_out(bu
 @given(budget=st.floats(0.01, 0.94), share=st.floats(0.1, 1.0))
 def test_fewer_steps_cost_what_the_budget_costs_to_half_a_step(budget, share):
     cells, _ = cells_of(load_comparison([RULE], {"budgets": [budget], "seeds": [4]}))
-    (fewer,) = fewer_steps(cells, {group_name(cells[0].group): share})
+    found = fewer_steps(cells, {group_name(cells[0].group): share})
+    if not found:
+        assert 20 * budget * share <= 0.5  # as many steps
+        return
+    (fewer,) = found
     assert fewer.row[0] == cells[0].row[0] and (fewer.name, fewer.seed) == (FEWER_STEPS, 4)
     assert abs(fewer.recipe.solver.steps - 20 * (1 - budget * share)) <= 0.5 or fewer.recipe.solver.steps == 1
 
@@ -105,7 +109,7 @@ REFUSED = {
     f"recipes: [{LEARNED}]\nbudgets: [0.97]\n": "no recipe reaches a budget .*ceiling is 19/20",
     f"recipes: [{LEARNED}]\nseeds: [1, 1]\n": "holds one twice",
     f"recipes: [{LEARNED}]\nrunner: abacus\n": "runner = 'abacus'",
-    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called HarmoniCa CUR 40 %",
+    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called harmonica_cur-40",
     "recipes: [fashion-dit_ddim20]\n": "itself a comparison",
     f"recipes: [{{recipe: {LEARNED}, set: {{caching.treshold: 1}}}}]\n": "did you mean 'caching.threshold'",
     f"recipes: [{{recipe: {LEARNED}, vary: {{caching.every: [2]}}}}]\n": "unknown key 'caching.every'",
