@@ -76,6 +76,7 @@ def scatter_svg(
                 style = {"marker": marker(number), "markersize": 6, "markeredgewidth": 0, "linestyle": ""}
                 axes.plot([point.x], [point.y], color=stand_in, gid=f"pt-{number}-{index}", **style)
         axes.set(xlabel=x_label, ylabel=y_label)
+        axes.locator_params(nbins=6)
         axes.xaxis.set_major_formatter("{x:g}×")
         axes.grid(color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
