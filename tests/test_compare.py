@@ -17,6 +17,7 @@ from hcompress.compare import MAKERS, RUNNERS, compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison
 from hcompress.errors import ModelError, RunError
 from hcompress.recipe import Run
+from hcompress.report.comparison_progress import ComparisonDisplay
 from hcompress.schedule import Schedule
 from hcompress.setting import setting_of
 
@@ -73,7 +74,9 @@ def asked(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Compariso
 def done(asked: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the finished comparison. Do not change it."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    compare(asked, out, Watched())
+    with ComparisonDisplay() as display:
+        compare(asked, out, display)
+    assert len(display.rows) == len(display.cells)
     return out
 
 

@@ -58,7 +58,7 @@ COLUMNS = {
     "retrieval": Column("retrieval", 3, "higher"),
     "fd_efflite0": Column("FD-EffLite0", 3, "lower"),
     "kid_efflite0": Column("KID-EffLite0 × 1000", 2, "lower"),
-    "latency_ms": Column("latency (ms)", 0, "lower", "cost"),
+    "latency_ms": Column("latency (ms)", 1, "lower", "cost"),
     "speedup": Column("speed-up", 2, "higher", "cost"),
     "megabytes": Column("size (MB)", 1, "lower", "cost"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
@@ -28,7 +29,7 @@ class ComparisonDisplay:
         self.bar = Progress(*columns, console=self.console)
         self.all, self.one = self.bar.add_task("cells", total=None), self.bar.add_task("", total=None)
         self.cells: Sequence[Cell] = ()
-        self.rows: dict[Cell, dict[str, Any]] = {}
+        self.rows: dict[Path, dict[str, Any]] = {}  # by the folder of a cell
         self.live = Live(self.bar, console=self.console, refresh_per_second=4)
         self.printed = time.monotonic()
 
@@ -57,11 +58,11 @@ class ComparisonDisplay:
 
     def finished(self, cell: Cell, row: dict[str, Any]) -> None:
         """Show its figures, or why there are none."""
-        self.rows[cell] = row.get("figures", {})
+        self.rows[cell.folder] = row.get("figures", {})
         self.bar.update(self.all, completed=len(self.rows))
         self._show()
         if not self.console.is_terminal:
-            figures = "  ".join(f"{title} {_of([self.rows[cell]], key)}" for key, title in FIGURES.items())
+            figures = "  ".join(f"{title} {_of([self.rows[cell.folder]], key)}" for key, title in FIGURES.items())
             said = row.get("impossible", figures)
             self._print(f"{len(self.rows)}/{len(self.cells)}  {_said(cell)}  {said}")
 
@@ -80,9 +81,9 @@ class ComparisonDisplay:
             rows.setdefault(cell.row, []).append(cell)
         groups = {group_name(cell.group) for cell in self.cells}
         table = Table("", "budget", "seeds", *FIGURES.values(), box=None, header_style="dim")
-        begun = {row: cells for row, cells in rows.items() if any(cell in self.rows for cell in cells)}
+        begun = {row: cells for row, cells in rows.items() if any(cell.folder in self.rows for cell in cells)}
         for (group, name, point), cells in [*begun.items()][-max(4, self.console.height - 6) :]:
-            found = [self.rows[cell] for cell in cells if cell in self.rows]
+            found = [self.rows[cell.folder] for cell in cells if cell.folder in self.rows]
             figures = (_of(found, key) for key in FIGURES)
             where = f"{name}, {group}" if len(groups) > 1 else name
             table.add_row(where, point, f"{len(found)}/{len(cells)}", *figures)
