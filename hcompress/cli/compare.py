@@ -14,9 +14,7 @@ import typer
 def compare(
     recipes: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RECIPE...", help="Recipes, or one comparison: shipped ones or files.", show_default=False
-        ),
+        typer.Argument(metavar="RECIPE", help="Recipes, or one comparison: shipped ones or files.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.", show_default=False)],
     budgets: Annotated[str | None, typer.Option(help="Target CURs, such as 0.2,0.3,0.4.")] = None,
