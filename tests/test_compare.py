@@ -17,6 +17,7 @@ from hcompress.compare import MAKERS, RUNNERS, compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison
 from hcompress.errors import ModelError, RunError
 from hcompress.recipe import Run
+from hcompress.report.comparison import best_rows
 from hcompress.report.comparison_progress import ComparisonDisplay
 from hcompress.schedule import Schedule
 from hcompress.setting import setting_of
@@ -121,6 +122,20 @@ def test_fewer_steps_and_few_bits_are_measured_against_the_same_model(done):
     few = found["int8-max w8a8"]["figures"]
     assert few["megabytes"]["mean"] < found[UNCACHED]["figures"]["megabytes"]["mean"] and few["mac_ratio"]["mean"] == 1
     assert 0 < few["relative_l2"]["mean"] < steps["figures"]["relative_l2"]["mean"]
+
+
+def test_only_rows_that_kept_to_their_budget_are_ranked():
+    def row(name: str, cur: float, mac_ratio: float, psnr_db: float) -> dict:
+        figures = {"cur": cur, "mac_ratio": mac_ratio, "psnr_db": psnr_db, "relative_l2": 1 / psnr_db}
+        spread = {key: {"mean": value, "std": 0.0, "seeds": 1} for key, value in figures.items()}
+        return {"name": name, "point": "", "budget": 0.4, "figures": spread}
+
+    near, worse = row("near", 0.41, 1.7, 30.0), row("worse", 0.39, 1.6, 20.0)
+    far, steps = row("far", 0.2, 1.2, 50.0), row(FEWER_STEPS, 0.0, 1.25, 60.0)
+    for key in ("psnr_db", "relative_l2"):
+        assert best_rows({"rows": [far, worse, near, steps]}, key) == {2}
+        assert best_rows({"rows": [near, row(FEWER_STEPS, 0.0, 1.67, 60.0)]}, key) == {1}
+        assert best_rows({"rows": [near, far]}, key) == set()  # of one there is no best
 
 
 def test_training_cost_is_what_the_run_recorded(done):

@@ -16,7 +16,7 @@ from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
-NEAR = 0.03  # of its budget: a row whose CUR comes no nearer is not ranked
+NEAR = 0.03  # of its budget: a row whose CUR, or share of steps saved, comes no nearer is not ranked
 SHORT = 1.0  # seconds that are no training cost
 
 
@@ -228,7 +228,9 @@ def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
     for index, row in enumerate(group["rows"]):
         if row["budget"] is None or key not in row["figures"]:
             continue
-        if row["name"] == FEWER_STEPS or abs(row["figures"]["cur"]["mean"] - row["budget"]) <= NEAR:
+        fewer, figures = row["name"] == FEWER_STEPS, row["figures"]
+        reached = 1 - 1 / figures["mac_ratio"]["mean"] if fewer else figures["cur"]["mean"]
+        if abs(reached - row["budget"]) <= NEAR:
             budgets.setdefault(row["budget"], []).append(index)
     sign = -1 if column.better == "lower" else 1
     mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731
