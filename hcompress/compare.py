@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from hcompress.caching.problem import Method, OneProcess
@@ -171,7 +172,11 @@ class Bench:
         file = row_file(self.out, cell, self.comparison)
         if file.exists() and (cell.name != UNCACHED or self._reference(cell).exists()):
             row = json.loads(file.read_text())
-            if difference := first_difference(type(cell.recipe).model_validate(row["recipe"]), cell.recipe):
+            try:
+                made_by = type(cell.recipe).model_validate(row["recipe"])
+            except ValidationError as error:
+                raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
+            if difference := first_difference(made_by, cell.recipe):
                 raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
         else:
             row = {

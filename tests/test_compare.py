@@ -201,6 +201,10 @@ def test_another_recipe_another_folder_and_a_missing_model_are_refused(asked, do
     changed = asked.recipes[0].model_copy(update={"set": {"caching.lr": 0.5}})
     with pytest.raises(RunError, match=r"harmonica_cur-40_seed-0 was made by another recipe: caching.lr: 2.0 != 0.5"):
         compare(asked.model_copy(update={"recipes": [changed]}), out, Watched())
+    file = next(out.rglob("random_*/row-*.json"))
+    file.write_text(file.read_text().replace('"target_cur"', '"setting_that_is_gone"'))
+    with pytest.raises(RunError, match=r"row-3-torch.json is of another version"):
+        compare(asked, out, Watched())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match=r"holds thesis.txt but no comparison.yaml"):
