@@ -10,7 +10,7 @@ the float model's uncached samples from the same noise.
 
 ptq        int8-max at W8A8, W4A8 and W4A4, ptq4dit, fp8, by the settings that ship
 distilled  efficientdm by the shipped recipe, and its settings at other formats
-cached     the router of benchmarks/quality.py at CUR 40 %; the quantized model that was distilled uncached under that
+cached     HarmoniCa by the shipped recipe at CUR 40 %; the quantized model that was distilled uncached under that
            router's schedule; and `--with-cache`: distilled under it, and under the schedule learned on the result
 """
 
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from quality import CFG, MODEL, SEEDS, learn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from hcompress.schedule import Schedule
     from hcompress.setting import Setting
 
-STEPS = 20
+MODEL, CFG, STEPS, SEEDS = "zoo:fashion-dit", 1.5, 20, (0, 1, 2)
 PTQ = {  # row: (method, format)
     "int8-max w8a8": ("int8-max", "w8a8"),
     "ptq4dit w8a8": ("ptq4dit", "w8a8"),
@@ -103,14 +102,18 @@ class Rows:
 
 def run_seed(work: Path, routers: Path, samples: int, seed: int) -> None:
     """All rows of one seed."""
+    from hcompress.recipe import find, resolve
     from hcompress.schedule import Schedule
+    from hcompress.train import train
 
     rows = Rows(work, samples, seed)
     for name, (method, format) in PTQ.items():
         rows.measure(name, lambda n=name, m=method, f=format: (
             quantize_as(work, seed, n, method=m, format=f).quantized, None))  # fmt: skip
-    learn(routers, STEPS, seed)
-    file = routers / f"router-{STEPS}-{seed}" / "schedule.safetensors"
+    run = routers / f"router-{STEPS}-{seed}"
+    file = run / "schedule.safetensors"
+    if not file.exists():
+        train(resolve(find(f"fashion-dit_ddim{STEPS}_harmonica"), {"seed": seed}), run, resume=True)
     given: Schedule = Schedule.load(file)
     rows.measure("cached float", lambda: (rows.dense, given.compute))
     for format in DISTILLED:
@@ -191,7 +194,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--work", type=Path, default=Path("runs/quantized"))
-    parser.add_argument("--routers", type=Path, default=Path("runs/quality"), help="where benchmarks/quality.py works")
+    parser.add_argument("--routers", type=Path, default=Path("runs/quality"), help="of HarmoniCa, trained where absent")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     from hcompress.rundir import environment

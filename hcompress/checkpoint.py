@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from hcompress.errors import RunError
+from hcompress.meter import Meter
 from hcompress.rundir import RunDir
 from hcompress_runtime.files import write_atomically
 
@@ -33,12 +34,13 @@ def resumed(run: RunDir, stage: str, memory: Resumable, progress: Iterator[Any])
     checkpoint = run.path / f"{stage}.pt"
     if checkpoint.exists():
         memory.restore(read_checkpoint(checkpoint))
+    meter = Meter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     earlier, first = sum(record.get("stage") != stage for record in run.records()), True
     for done in progress:
         if first:
             run.rewind(earlier + done.round - 1)  # what a kill left between the log and the checkpoint
             first = False
-        run.log({"stage": stage} | asdict(done))
+        run.log({"stage": stage} | asdict(done) | meter.lap())
         write_checkpoint(checkpoint, memory.state())
         yield done
 

@@ -22,6 +22,7 @@ from hcompress.caching.problem import TRAINING_STREAMS
 from hcompress.errors import DataError
 from hcompress.models.decoder import Encoder, load_encoder
 from hcompress.setting import Setting
+from hcompress.zoo.emoji import load_emoji
 from hcompress.zoo.fashion import load_fashion
 from hcompress_runtime.noise import gaussian
 
@@ -49,10 +50,10 @@ class Source(Protocol):
 @final
 @dataclass(frozen=True)
 class Arrays:
-    """Pictures float32[n, C, H, W] in [-1, 1] and their classes int64[n], in memory."""
+    """Pictures float32[n, C, H, W] in [-1, 1] and their classes int64[n], where they have any, in memory."""
 
     pixels: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -67,11 +68,22 @@ class Arrays:
 
     def label(self, index: int) -> int | None:
         """Its class."""
-        return int(self.labels[index])
+        return None if self.labels is None else int(self.labels[index])
+
+
+def _emoji() -> Arrays:
+    """The emoji of a training, without their captions."""
+    found = load_emoji()
+    shown = found.images[~found.held_out].transpose(0, 3, 1, 2)
+    return Arrays(shown.astype(np.float32) / 127.5 - 1)
 
 
 # What a zoo model was trained on.
-ZOO_DATA: dict[str, Callable[[], Source]] = {"zoo:fashion-dit": lambda: Arrays(*load_fashion("train"))}
+ZOO_DATA: dict[str, Callable[[], Source]] = {
+    "zoo:fashion-dit": lambda: Arrays(*load_fashion("train")),
+    "zoo:fashion-uvit": lambda: Arrays(*load_fashion("train")),
+    "zoo:emoji-pixart": _emoji,
+}
 
 
 @final

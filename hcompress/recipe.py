@@ -24,6 +24,7 @@ from hcompress.recipe_errors import one_line, section_of
 TARGETS = ("caching.target_cur", "caching.target_speedup")
 GOALS = ("caching.beta", "caching.alpha", "caching.every", "caching.keys", *TARGETS)  # one; a later layer's replaces it
 DEFAULT_METHODS = {"caching": "harmonica", "quant": "int8-max"}  # of the section that makes a run what it is
+COMPARISONS = "compare"  # the folder, among recipes, of what `hcompress compare` reads (hcompress.comparison)
 Kind = TypeVar("Kind", bound="Run")
 
 
@@ -77,18 +78,18 @@ class Recipe(Run):
         return self
 
 
-def shipped() -> dict[str, Path]:
+def shipped(folder: str = "") -> dict[str, Path]:
     """The recipes that come with hcompress, by name; a checkout has them beside the package, a wheel inside."""
     package = Path(__file__).parent
-    folder = next((folder for folder in (package / "_recipes", package.parent / "recipes") if folder.is_dir()), package)
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    root = next((root for root in (package / "_recipes", package.parent / "recipes") if root.is_dir()), package)
+    return {file.stem: file for file in sorted((root / folder).glob("*.yaml"))}
 
 
 def find(name: str | Path) -> Path:
-    """The file of a recipe given by path or, if it ships with hcompress, by name."""
+    """The file of a recipe or comparison given by path or, if it ships with hcompress, by name."""
     if Path(name).is_file():
         return Path(name)
-    recipes = shipped()
+    recipes = shipped() | shipped(COMPARISONS)
     if str(name) not in recipes:
         close = difflib.get_close_matches(Path(name).stem, recipes, n=1)
         hint = f"did you mean {close[0]}?" if close else "`hcompress recipes list` shows those that ship"
@@ -113,9 +114,9 @@ def resolve_quant(
     return _checked(QuantRecipe, _layered("quant", file, flags, sets))
 
 
-def resolve_any(file: Path) -> Recipe | QuantRecipe:
-    """The recipe in `file`, of whichever kind its section says."""
-    return resolve_quant(file) if "quant" in read(file) else resolve(file)
+def resolve_any(file: Path, flags: Mapping[str, Any] | None = None) -> Recipe | QuantRecipe:
+    """The recipe in `file` under `flags`, of whichever kind its section says."""
+    return resolve_quant(file, flags) if "quant" in read(file) else resolve(file, flags)
 
 
 def _layered(section: str, file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:

@@ -46,12 +46,17 @@ def open_setting(model: str, solver: str, steps: int, cfg: float, *, device: str
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError("no CUDA device is available; pass --device cpu")
     loaded.adapter.to(device)
-    scheduler = make_scheduler(solver, loaded.scheduler_config)
+    return under_solver(loaded, solver, steps, cfg)
+
+
+def under_solver(model: Model, solver: str, steps: int, cfg: float) -> Setting:
+    """The setting of a loaded model. Raises SolverError where the solver does not fit it."""
+    scheduler = make_scheduler(solver, model.scheduler_config)
     solver_of = dict(solver_identity(scheduler, steps))
-    if isinstance(loaded.adapter, QuantizedAdapter):
-        _check_grid(model, loaded.adapter, solver, solver_of)
-    identity = loaded.adapter.identity(model, solver_of, cfg)
-    return Setting(loaded, probe(scheduler, steps), cfg, identity)
+    if isinstance(model.adapter, QuantizedAdapter):
+        _check_grid(model.name, model.adapter, solver, solver_of)
+    identity = model.adapter.identity(model.name, solver_of, cfg)
+    return Setting(model, probe(scheduler, steps), cfg, identity)
 
 
 def _check_grid(model: str, adapter: QuantizedAdapter, asked: str, solver: Mapping[str, Any]) -> None:

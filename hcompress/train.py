@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hcompress.caching.correct import Corrected, correct
 from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
 from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.images import open_images
+from hcompress.meter import Meter
 from hcompress.recipe import Recipe
 from hcompress.report.heatmap import save_heatmap
 from hcompress.rundir import RunDir, open_run
@@ -50,13 +52,13 @@ class Launched:
         state.destroy_process_group()
 
 
-def launched_ranks() -> Ranks:
-    """This process among those of `accelerate launch`, or the only one."""
+def launched_ranks(patience: timedelta = timedelta(minutes=30)) -> Ranks:
+    """This process among those of `accelerate launch`, or the only one. `patience`: how long one waits for another."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return OneProcess()
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
     return Launched(state.process_index, state.num_processes)
 
 
@@ -66,20 +68,24 @@ def train(
     *,
     resume: bool = False,
     device: str = "cpu",
+    ranks: Ranks | None = None,
     on_start: Callable[[Setting, Method], None] = lambda setting, method: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_notice: Callable[[str], None] = lambda line: None,
 ) -> Schedule:
     """Run the recipe's method to its end and leave `out`/schedule.safetensors.
 
+    ranks: who trains it together; None: all processes of `accelerate launch`
+
     on_start gets the opened setting and the method as it starts or goes on, on_progress each round's figures, on_notice
     a line on what was left out, such as an image that cannot be read, and on what takes its time.
     Raises RunError where `out` cannot be used or its checkpoint cannot be read, DataError for images.
     """
-    ranks = launched_ranks()
+    ranks = ranks or launched_ranks()
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
+    meter = Meter(setting.adapter.device)
     problem = problem_of(setting, recipe.seed, ranks, on_notice)
     method = CACHING[recipe.caching.method](problem, recipe.caching)
     if resume and run.checkpoint.exists():
@@ -89,7 +95,7 @@ def train(
     on_start(setting, method)
     for progress in method.run():
         if writes:
-            run.log(asdict(progress))
+            run.log(asdict(progress) | meter.lap())
             write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
     found = method.found()
@@ -99,7 +105,7 @@ def train(
         )
     schedule = _schedule(recipe, setting, found, correct(problem, found.compute, recipe.caching))
     if writes:
-        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]}
+        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]} | meter.lap()
         for record in [] if method.rounds else [*found.records, figures]:
             run.log(record)
         save_heatmap(schedule, run.heatmap)

@@ -11,7 +11,7 @@ import typer
 
 from hcompress.cli.doctor import NEEDS, Need, examine, linked_tensorrt
 from hcompress.cli.main import app
-from hcompress.recipe import resolve, shipped
+from hcompress.recipe import COMPARISONS, resolve, shipped
 
 HCOMPRESS = [sys.executable, "-m", "hcompress.cli.main"]
 
@@ -35,9 +35,11 @@ def test_every_help_holds_an_example(command):
 
 
 def test_recipes_are_listed_shown_copied_and_valid(tmp_path):
-    listed = json.loads(hcompress("recipes", "list", "--json").stdout)["recipes"]
-    assert set(listed) == set(shipped())
-    assert all(listed.values())
+    kinds = json.loads(hcompress("recipes", "list", "--json").stdout)
+    listed, comparisons = kinds["recipes"], kinds["comparisons"]
+    assert set(listed) == set(shipped()) and set(comparisons) == set(shipped(COMPARISONS))
+    assert all({**listed, **comparisons}.values())
+    assert "cells" in hcompress("recipes", "validate", next(iter(comparisons))).stdout
     name, file = next(iter(shipped().items()))
     assert name in hcompress("recipes", "list").stdout
     assert hcompress("recipes", "show", name).stdout == file.read_text()

@@ -157,6 +157,30 @@ def test_only_the_row_of_the_call_is_moved_by_its_update(adapter, table):
         before = after
 
 
+def test_without_iepo_lambda_is_one_whatever_was_measured_before(adapter, table):
+    training = training_of(adapter, table, proxy="none")
+    training.router.lambdas[:] = 7.0
+    training.refresh(*training.draw(0))
+    assert (training.router.lambdas[1:] == 1.0).all()
+
+
+def test_a_hard_score_trains_in_the_network_that_is_deployed(adapter, table):
+    """With every r above tau the hard student is the teacher, exactly, where the soft one is not; both still learn."""
+    moved, errors = {}, {}
+    for score in ("soft", "hard"):
+        training = training_of(adapter, table, score=score, init=1.0)
+        drawn = training.draw(0)
+        training.refresh(*drawn)
+        errors[score] = training.walk(*drawn)[1]
+        moved[score] = training.router.logits()[1:] - 1.0
+    assert errors["hard"] == 0.0 < errors["soft"]
+    wanting = training_of(adapter, table, score="hard", init=-3.0, proxy="none", beta=1e-30)  # r below tau: all reused
+    drawn = wanting.draw(0)
+    wanting.refresh(*drawn)
+    assert wanting.walk(*drawn)[1] > 0 and (wanting.router.logits()[1:] != -3.0).any()
+    assert (moved["soft"] != 0).any()
+
+
 def test_refreshing_the_proxy_leaves_the_training_noise_alone(adapter, table):
     often, seldom = training_of(adapter, table, refresh=CALLS), training_of(adapter, table, refresh=100 * CALLS)
     drawn = []

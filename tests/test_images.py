@@ -95,6 +95,11 @@ def test_flipping_mirrors_half_of_them():
                for sample, turned in zip(samples, mirrored, strict=True))  # fmt: skip
 
 
+def test_arrays_without_labels_are_of_no_class():
+    pixels = np.zeros((2, 1, 8, 8), np.float32)
+    assert ImageStream(Arrays(pixels), 0, None, CPU).batch(0, 2, flip=False)[1] is None
+
+
 def test_latents_are_drawn_from_what_the_vae_gives_and_decode_to_the_picture(tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2,

@@ -24,7 +24,7 @@ except SystemExit as end:
 # what is run: what it must not load
 FORBIDDEN = {
     "import hcompress": HEAVY,
-    "import hcompress.recipe, hcompress.rundir, hcompress.schedule, hcompress.branches": HEAVY,
+    "import hcompress.recipe, hcompress.comparison, hcompress.rundir, hcompress.schedule, hcompress.branches": HEAVY,
     "import hcompress_runtime": HEAVY | {"hcompress", "hcompress_export"},
     ALL_OF_RUNTIME: HEAVY | {"hcompress", "hcompress_export", "tensorrt", "tensorrt_rtx"},
     RUN_HELP.format(verb=""): HEAVY,

@@ -162,7 +162,7 @@ REFUSED = {
     "caching.lr=fast": "caching.lr = 'fast' should be a valid number",
     "caching.target_cur=0.951": r"out of reach.*ceiling is 19/20 = 0\.950",
     "caching.target_cur=": "exactly one of beta, target_cur and target_speedup .got none",
-    "caching.proxy=paper": "caching.proxy = 'paper' should be 'leave_one_out', 'cumulative' or 'sensitivity'",
+    "caching.proxy=paper": "caching.proxy = 'paper' should be 'leave_one_out', 'cumulative', 'sensitivity' or 'none'",
     "caching.init=zero": "caching.init = 'zero' should be",
     "caching.refresh=30": "caching.refresh = 30 is no multiple of 20 steps; use 40",
     "caching.refresh=7": "use 20",

@@ -70,8 +70,11 @@ class HarmoniCaSettings(RouterSettings):
     method: Literal["harmonica"] = "harmonica"
     trajectories: int = Field(200, ge=1, description="denoising trajectories; each updates rows 1 .. T-1 once")
     batch: int = Field(4, ge=1, description="noises a trajectory and rank; guidance doubles the rows")
-    proxy: Literal["leave_one_out", "cumulative", "sensitivity"] = Field(
-        "leave_one_out", description="which lambda IEPO uses"
+    proxy: Literal["leave_one_out", "cumulative", "sensitivity", "none"] = Field(
+        "leave_one_out", description="which lambda IEPO uses; none: 1 everywhere, SDT alone"
+    )
+    score: Literal["soft", "hard"] = Field(
+        "soft", description="r of training, or its hard decision with the gradient of r (straight through)"
     )
     reduction: Literal["mean", "sum"] = Field("mean", description="of lambda over a latent; beta is tied to it")
     refresh: int = Field(500, ge=1, description="C: iterations (= T a trajectory) between refreshes of lambda")

@@ -15,6 +15,7 @@ import typer
 import hcompress
 from hcompress.cli import recipes, zoo
 from hcompress.cli.bench import bench
+from hcompress.cli.compare import compare
 from hcompress.cli.convert import convert
 from hcompress.cli.doctor import doctor
 from hcompress.cli.encode import encode
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "encode": encode,
     "generate": generate,
     "eval": evaluate,
+    "compare": compare,
     "bench": bench,
     "inspect": inspect,
     "import": import_,

@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def recipes() -> None:
-    """List, show, copy and validate training recipes.
+    """List, show, copy and validate recipes and comparisons.
 
     Example: hcompress recipes list
     """
@@ -29,19 +29,22 @@ def _headline(file: Path) -> str:
 
 @app.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """List the recipes that ship with hcompress.
+    """List the recipes that ship with hcompress, and the comparisons.
 
     Example: hcompress recipes list
     """
-    from hcompress.recipe import shipped
+    from hcompress.recipe import COMPARISONS, shipped
 
-    headlines = {name: _headline(file) for name, file in shipped().items()}
+    kinds = {"recipes": shipped(), "comparisons": shipped(COMPARISONS)}
+    listed = {kind: {name: _headline(file) for name, file in files.items()} for kind, files in kinds.items()}
     if as_json:
-        print(json.dumps({"recipes": headlines}))
+        print(json.dumps(listed))
         return
-    width = max(map(len, headlines), default=0)
-    for name, headline in headlines.items():
-        print(f"{name:{width}}  {headline}")
+    width = max(len(name) for headlines in listed.values() for name in headlines)
+    for kind, headlines in listed.items():
+        print(*(f"{name:{width}}  {headline}" for name, headline in headlines.items()), sep="\n")
+        if kind == "recipes":
+            print("\nfor hcompress compare:")
 
 
 @app.command()
@@ -82,9 +85,18 @@ def validate(file: Name) -> None:
 
     Example: hcompress recipes validate mine.yaml
     """
-    from hcompress.recipe import dump, find, resolve_any
+    from hcompress.comparison import cells_of, load_comparison
+    from hcompress.recipe import dump, find, read, resolve_any
 
-    print(dump(resolve_any(find(file))), end="")
+    found = find(file)
+    if "recipes" not in read(found):
+        print(dump(resolve_any(found)), end="")
+        return
+    comparison = load_comparison([found])
+    cells, left_out = cells_of(comparison)
+    print(f"{comparison.title}: {len(cells)} cells and fewer steps")
+    for one in left_out:
+        print(f"{one.name} {one.point} is left out: {one.reason}")
 
 
 @app.command()

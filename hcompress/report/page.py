@@ -7,19 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Protocol
 
 from hcompress_runtime.files import write_atomically
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1080px; margin: 2.5rem auto; padding: 0 1rem }
-h1 { font-size: 1.7rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde4ea }
-th:first-child, td:first-child { text-align: left } th { color: #52616f; font-weight: 600 }
-.row { display: flex; gap: 1.5rem; flex-wrap: wrap; align-items: start } figure { margin: 0 }
-figcaption { color: #52616f; font-size: .88rem } img { max-width: 100% } img.crisp { image-rendering: pixelated }
-code { background: #f2f5f8; padding: .1rem .3rem; border-radius: 3px } p.lead { color: #52616f; margin-top: .2rem }
-"""
+STYLE = Path(__file__).with_name("page.css")
 
 
 @dataclass(frozen=True)
@@ -57,17 +49,27 @@ class Section:
             head, *body = self.table
             rows = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
             rows += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-            parts.append(f"<table>{''.join(rows)}</table>")
+            parts.append(f'<div class="scroll"><table>{"".join(rows)}</table></div>')
         if self.pictures:
             parts.append('<div class="row">' + "".join(picture.html() for picture in self.pictures) + "</div>")
         return "\n".join(part for part in parts if part)
 
 
-def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Write the page to `path`."""
-    body = "\n".join(section.html() for section in sections)
+class Part(Protocol):
+    """Anything that can be put on a page."""
+
+    def html(self) -> str:
+        """As HTML."""
+
+
+def write_page(path: Path, title: str, lead: str, parts: Sequence[Part], script: Path | None = None) -> None:
+    """Write the page to `path`, with `script` at its end."""
+    body = "\n".join(part.html() for part in parts)
+    code = f"<script>{script.read_text()}</script>\n" if script else ""
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-        f'<body><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>\n{body}\n</body></html>\n'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE.read_text()}</style></head>\n"
+        f'<body><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>\n{body}\n{code}</body></html>\n'
     )
     write_atomically(path, page.encode())

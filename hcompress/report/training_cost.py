@@ -15,7 +15,6 @@ import multiprocessing
 import statistics
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from hcompress.recipe import Recipe
@@ -48,6 +47,7 @@ def _measure(recipe: Recipe, frozen: bool, iterations: int, sender: Any) -> None
 
     from hcompress.caching.harmonica import Training
     from hcompress.caching.settings import HarmoniCaSettings
+    from hcompress.meter import CLEAR, resident_bytes
     from hcompress.setting import setting_of
     from hcompress.train import problem_of
 
@@ -59,8 +59,8 @@ def _measure(recipe: Recipe, frozen: bool, iterations: int, sender: Any) -> None
         setting.adapter.requires_grad_(True)
         training.teacher_mode = nullcontext
     condition, start, noises = training.draw(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+    before = resident_bytes("VmRSS")
+    CLEAR.write_text("5")  # resets the peak of the resident set
     steps = training.steps(condition, start, noises)
     for _ in range(WARM_UP):
         next(steps)
@@ -73,13 +73,7 @@ def _measure(recipe: Recipe, frozen: bool, iterations: int, sender: Any) -> None
         milliseconds.append(1e3 * (time.perf_counter() - begun))
     figures = {
         "iteration_ms": statistics.median(milliseconds),
-        "peak_memory_bytes": _resident("VmHWM") - before,
+        "peak_memory_bytes": resident_bytes("VmHWM") - before,
         "threads": torch.get_num_threads(),
     }
     sender.send(json.dumps(figures))
-
-
-def _resident(field: str) -> int:
-    """Bytes of `field` in /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])

@@ -3,6 +3,7 @@
     leave_one_out  mean (x0 - x0 with call k fully computed)^2, the others routed      (the paper's formula)
     cumulative     mean (z_k - z_{k-1})^2, z_k having calls 1..k routed, the rest full  (the released code)
     sensitivity    leave_one_out / mean (o_k routed - o_k full)^2                      (ours; see below)
+    none           1, not measured                                                      (SDT alone, an ablation)
 
 All generations share their calls before k, so each is forked from one running generation: T + T (T - 1) / 2 calls.
 

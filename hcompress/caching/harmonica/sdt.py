@@ -106,6 +106,8 @@ class Training:
             r = torch.sigmoid(self.router.rows[call])
             scores = r.detach().numpy().astype(np.float64)
             keep = scores > self.settings.threshold
+            if self.settings.score == "hard":
+                r = r + (torch.from_numpy(keep).to(r.dtype) - r).detach()
             reuse = terms[call] if terms else NOTHING
             student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots, reuse, older), noises)
             mse = functional.mse_loss(student, target)
@@ -132,9 +134,11 @@ class Training:
         router = self.router
         if self.settings.reuse == "corrected":
             self.fit(router.hard())
-        measured = iepo.measure(
-            self.denoise, self.table, router.scores(), self.settings, condition, start, noises, self.terms()
-        )
+        if self.settings.proxy == "none":
+            router.lambdas[1:] = 1.0
+            return
+        scores = router.scores() if self.settings.score == "soft" else router.hard().astype(np.float64)
+        measured = iepo.measure(self.denoise, self.table, scores, self.settings, condition, start, noises, self.terms())
         fresh = self.ranks.mean(measured.cpu()).double().numpy()
         router.lambdas[1:] = iepo.blend(router.lambdas[1:], fresh, self.settings)
 

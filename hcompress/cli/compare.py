@@ -1,0 +1,60 @@
+"""`hcompress compare`: several methods in one table, with plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE", help="Recipes, or one comparison: shipped ones or files.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.", show_default=False)],
+    budgets: Annotated[str | None, typer.Option(help="Target CURs, such as 0.2,0.3,0.4.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="To measure with, a row and seed.")] = None,
+    runner: Annotated[str | None, typer.Option(help="What samples and is timed: torch or onnxruntime.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which cells there are, and run nothing.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
+) -> None:
+    """Train, sample and measure every recipe at every budget with every seed; leave compare.html, .md and .json in OUT.
+
+    The same command goes on where it stopped; cells that are finished are never done again. On several GPUs:
+    accelerate launch -m hcompress.cli.main compare ...
+
+    Example: hcompress compare fashion-dit_ddim20 --out runs/compare-20
+    """
+    from hcompress.comparison import cells_of, load_comparison, numbers
+
+    flags = {
+        "budgets": numbers("--budgets", budgets, float),
+        "seeds": numbers("--seeds", seeds, int),
+        "samples": samples,
+        "runner": runner,
+    }
+    comparison = load_comparison(recipes, flags)
+    if dry_run:
+        cells, left_out = cells_of(comparison)
+        lines = [str(cell.folder) for cell in cells] + [f"{one.name} {one.point}: {one.reason}" for one in left_out]
+        print(json.dumps({"cells": len(cells), "comparison": comparison.model_dump()}) if as_json else "\n".join(lines))
+        return
+    from hcompress.compare import compare as run
+    from hcompress.report.comparison_progress import ComparisonDisplay
+
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    try:
+        with ComparisonDisplay(speaks=speaks) as display:
+            report = run(comparison, out, display, device=device)
+    except KeyboardInterrupt:
+        print(f"stopped; finished rows are in {out / 'compare.html'}: the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if speaks:
+        print(json.dumps(report) if as_json else out / "compare.html")

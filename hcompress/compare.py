@@ -1,0 +1,399 @@
+"""Run a comparison: each cell of its table is made, sampled from the noise that all share, measured, and kept.
+
+OUT/comparison.yaml            what was asked; its presence makes the folder a comparison
+OUT/GROUP/METHOD_POINT_seed-S  the run folder of a cell (hcompress.rundir), where an interrupted cell goes on; in it
+    row-N-RUNNER.json          the finished cell: figures of N samples, and what its making took
+    samples.png                its first ten samples, decoded where the model is latent
+    samples-N-RUNNER.npy       of an uncached cell: what the others of its group and seed are compared with
+OUT/compare.{json,md,html}     the report, of all cells that are finished
+
+Cells are independent but for the uncached ones, so a comparison can be killed, gone on with, extended by seeds, budgets
+and recipes, and divided: under `accelerate launch` cell i belongs to process i modulo their number, which trains it
+alone, and files are all that they share. Training of seed s uses seed s; all is measured on the noise of 100 + s.
+
+Legend: N samples.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from hcompress.caching.problem import Method, OneProcess
+from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, in_order, row_file
+from hcompress.errors import HcompressError, RunError, ScheduleError, SolverError
+from hcompress.lowbit.artefact import network_bytes
+from hcompress.models.decoder import load_decoder
+from hcompress.quantize import quantize
+from hcompress.recipe import QuantRecipe, Recipe, Run, first_difference
+from hcompress.report.comparison import write_report
+from hcompress.report.quality import balanced_labels, cost, distribution, generate, left_out, paired
+from hcompress.rundir import RunDir, open_run
+from hcompress.schedule import Schedule
+from hcompress.setting import Setting, setting_of, under_solver
+from hcompress.train import Launched, launched_ranks, train
+from hcompress_runtime.files import write_atomically
+from hcompress_runtime.images import COLUMNS, png
+from hcompress_runtime.measure import interleaved
+
+NOISE = 100  # seed s is measured on the noise of NOISE + s
+PICTURE = "samples.png"  # one row of a grid
+BATCH = 32  # samples at once
+PATIENCE = timedelta(days=30)  # with the slowest process
+COMPARISON = "comparison.yaml"
+
+Draw = Callable[[int, int, Callable[[int], None]], Tensor]
+"""(count, seed, progress) -> samples [count, C, H, W] of balanced labels, on the CPU."""
+Tell = Callable[[str, int, int], None]
+"""(what is being done, how much of it is, how much there is)"""
+
+
+class Watch(Protocol):
+    """Who is told how a comparison goes."""
+
+    def start(self, cells: Sequence[Cell]) -> None:
+        """These are this process's."""
+
+    def doing(self, cell: Cell, what: str, done: int, total: int) -> None:
+        """How far `cell` is with `what`."""
+
+    def finished(self, cell: Cell, row: dict[str, Any]) -> None:
+        """Now, or by an earlier call."""
+
+    def notice(self, line: str) -> None:
+        """Something else that a person should know."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a recipe came to: a model under a solver, perhaps with a schedule, and what that took.
+
+    training: rounds, updates, seconds, images and peak_memory_bytes, as far as they are known
+    """
+
+    setting: Setting
+    schedule: Schedule | None = None
+    training: dict[str, float] = field(default_factory=dict)
+
+
+def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "cpu") -> dict[str, Any]:
+    """Finish all cells that are not finished, and write and return the report (hcompress.report.comparison).
+
+    A cell that fails leaves the others alone; all that did are named in a RunError at the end, when the report is
+    written. So it is after an interruption. Raises RecipeError, ModelError, SolverError before anything is run, and
+    RunError where `out` holds something else or a cell was made by another recipe.
+    """
+    cells, impossible = cells_of(comparison)
+    ranks = launched_ranks(PATIENCE)
+    if ranks.rank == 0:
+        _open_folder(out, comparison)
+    failures: list[str] = []
+    with Bench(comparison, out, watch, device) as bench:
+        groups = {group_name(cell.group): cell.group for cell in cells}
+        share = {}
+        for name, group in groups.items():
+            graph = bench.setting(group).adapter.graph
+            share[name] = float(graph.macs.sum() / graph.call_macs)
+            if line := left_out(bench.setting(group)):
+                watch.notice(line)
+        if comparison.fewer_steps:
+            cells = in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+        mine = cells[ranks.rank :: ranks.world]
+        watch.start(mine)
+        try:
+            for cell in mine:
+                try:
+                    bench.finish(cell)
+                except HcompressError as error:
+                    if cell.name == UNCACHED or isinstance(error, RunError):
+                        raise
+                    failures.append(f"{' '.join(filter(None, cell.row[1:]))} with seed {cell.seed}: {error}")
+                    watch.notice(failures[-1])
+            if isinstance(ranks, Launched):
+                ranks.leave()
+        finally:
+            if ranks.rank == 0:
+                report = write_report(comparison, cells, impossible, out)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(mine)} cells failed, and the same command goes on; {failures[0]}")
+    return report if ranks.rank == 0 else {}
+
+
+class Impossible(Exception):
+    """There is no such row: a rule without a schedule near its budget, or a solver that does not go with the model."""
+
+
+@final
+class Bench:
+    """What the cells of a comparison share: opened models and, for timing, their uncached runners."""
+
+    def __init__(self, comparison: Comparison, out: Path, watch: Watch, device: str) -> None:
+        self.comparison, self.out, self.watch, self.device = comparison, out, watch, device
+        self._settings: dict[str, Setting] = {}
+        self._dense: dict[str, Draw] = {}
+        self._runners = ExitStack()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._runners.close()
+
+    def setting(self, group: Run) -> Setting:
+        """The uncached model of `group`; of one model under several solvers there is one copy."""
+        name = group_name(group)
+        if name not in self._settings:
+            opened = next((one for one in self._settings.values() if one.model.name == group.model), None)
+            if opened is None:
+                self._settings[name] = setting_of(group, device=self.device)
+            else:
+                self._settings[name] = under_solver(opened.model, group.solver.name, group.solver.steps, group.cfg)
+        return self._settings[name]
+
+    def finish(self, cell: Cell) -> None:
+        """Make, sample and measure `cell`, unless that is done. Raises RunError where another recipe made it."""
+        file = row_file(self.out, cell, self.comparison)
+        if file.exists() and (cell.name != UNCACHED or self._reference(cell).exists()):
+            row = json.loads(file.read_text())
+            try:
+                made_by = type(cell.recipe).model_validate(row["recipe"])
+            except ValidationError as error:
+                raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
+            if difference := first_difference(made_by, cell.recipe):
+                raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
+        else:
+            row = {
+                "group": group_name(cell.group),
+                "name": cell.name,
+                "point": cell.point,
+                "seed": cell.seed,
+                "budget": cell.budget,
+                "recipe": cell.recipe.model_dump(exclude_none=True),
+                **self._outcome(cell),
+            }
+            write_atomically(file, json.dumps(row, indent=1).encode())
+        self.watch.finished(cell, row)
+
+    def _outcome(self, cell: Cell) -> dict[str, Any]:
+        """Its figures and what it took, or why there is no such schedule."""
+        tell = partial(self.watch.doing, cell)
+        try:
+            made = MAKERS[type(cell.recipe)](self, cell, tell)
+        except Impossible as error:
+            return {"impossible": str(error)}
+        return {"figures": self._measured(cell, made, tell), "training": made.training}
+
+    def _measured(self, cell: Cell, made: Made, tell: Tell) -> dict[str, float]:
+        group, setting, folder = self.setting(cell.group), made.setting, self.out / cell.folder
+        count, batch, rounds = self.comparison.samples, self.comparison.batch, self.comparison.rounds
+        folder.mkdir(parents=True, exist_ok=True)
+        with RUNNERS[self.comparison.runner](setting, made.schedule, folder) as draw:
+            samples = draw(count, NOISE + cell.seed, lambda done: tell("sampling", done, count))
+            timed: dict[str, Callable[[], object]] = {"ours": lambda: draw(batch, NOISE, _unseen)}
+            if cell.name != UNCACHED:
+                timed["dense"] = lambda: self._dense_runner(cell.group)(batch, NOISE, _unseen)
+            times = interleaved(timed, rounds, lambda done: tell("timing", done, rounds))
+        latency_ms = {name: float(np.median(each)) for name, each in times.items()}
+        tell("measuring", 0, 1)
+        figures = cost(setting, _mask(setting, made.schedule))
+        figures |= {
+            "mac_ratio": cost(group, _mask(group))["macs"] / figures["macs"],
+            "latency_ms": latency_ms["ours"],
+            "speedup": latency_ms.get("dense", latency_ms["ours"]) / latency_ms["ours"],
+            "megabytes": network_bytes(setting.adapter) / 1e6,
+            **distribution(group, samples),
+        }
+        reference = self._reference(cell)
+        if cell.name == UNCACHED:
+            write_atomically(reference, _npy(samples))
+        else:
+            while not reference.exists():  # another process is at it
+                time.sleep(1)
+            figures |= paired(samples, torch.from_numpy(np.load(reference)))
+        _save_picture(folder / PICTURE, samples[:COLUMNS], group.model.folder)
+        return figures
+
+    def _reference(self, cell: Cell) -> Path:
+        """The uncached samples that `cell` is compared with."""
+        file = row_file(self.out, replace(cell, name=UNCACHED, point=""), self.comparison)
+        return file.with_name(file.name.replace("row", "samples")).with_suffix(".npy")
+
+    def _dense_runner(self, group: Run) -> Draw:
+        name = group_name(group)
+        if name not in self._dense:
+            runner = RUNNERS[self.comparison.runner](self.setting(group), None, self.out)
+            self._dense[name] = self._runners.enter_context(runner)
+        return self._dense[name]
+
+
+def _as_it_is(bench: Bench, cell: Cell, tell: Tell) -> Made:
+    try:
+        return Made(bench.setting(cell.recipe))
+    except SolverError as error:
+        raise Impossible(error) from error
+
+
+def _cached(bench: Bench, cell: Cell, tell: Tell) -> Made:
+    recipe, total = cell.recipe, 0
+    assert isinstance(recipe, Recipe)
+
+    def on_start(setting: Setting, method: Method) -> None:
+        nonlocal total
+        total = method.rounds
+        tell("training", method.done, total)
+
+    setting, run = bench.setting(cell.group), open_run(bench.out / cell.folder, recipe, resume=True)
+    if run.schedule.exists():
+        schedule = Schedule.load(run.schedule)
+    else:
+        try:
+            schedule = train(
+                recipe,
+                run.path,
+                resume=True,
+                device=bench.device,
+                ranks=OneProcess(),
+                on_start=on_start,
+                on_progress=lambda progress: tell("training", progress.round, total),
+                on_notice=bench.watch.notice,
+            )
+        except ScheduleError as error:
+            raise Impossible(error) from error
+    learns = recipe.caching.reusing_steps(setting.table.num_calls)[0]
+    return Made(setting, schedule, _training(run, learns) | {"images": schedule.method.get("images_used", 0)})
+
+
+def _quantized(bench: Bench, cell: Cell, tell: Tell) -> Made:
+    calls = 0
+
+    def on_start(setting: Setting, num_calls: int) -> None:
+        nonlocal calls
+        calls = num_calls
+
+    assert isinstance(cell.recipe, QuantRecipe)
+    made = quantize(
+        cell.recipe,
+        bench.out / cell.folder,
+        resume=True,
+        device=bench.device,
+        on_start=on_start,
+        on_call=lambda done: tell("calibrating", done, calls),
+        on_progress=lambda stage, trajectories, progress: tell(stage, progress.round, trajectories),
+    )
+    training = _training(RunDir(bench.out / cell.folder), made.dense.table.num_calls)
+    return Made(made.quantized, made.schedule, training | {"images": 0})
+
+
+# How each kind of recipe becomes a model to measure.
+MAKERS: dict[type[Run], Callable[[Bench, Cell, Tell], Made]] = {
+    Run: _as_it_is,
+    Recipe: _cached,
+    QuantRecipe: _quantized,
+}
+
+
+@contextmanager
+def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
+    compute = None if schedule is None else schedule.compute
+    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress).cpu()
+
+
+@contextmanager
+def _on_onnxruntime(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
+    """As it is deployed; the bundle is gone afterwards."""
+    from hcompress_export.bundle import export_bundle
+    from hcompress_runtime import Runtime
+
+    calls, provider = setting.table.num_calls, setting.adapter.device.type
+    with TemporaryDirectory(dir=folder) as scratch:
+        bundle = Path(scratch) / "bundle"
+        export_bundle(setting.adapter, setting.table, setting.identity, bundle, cfg=setting.cfg, schedule=schedule)
+        with Runtime(bundle, provider, torch.get_num_threads()) as runtime:
+
+            def draw(count: int, seed: int, progress: Callable[[int], None]) -> Tensor:
+                done = 0
+
+                def on_step(call: int, x: NDArray[np.float32]) -> None:
+                    nonlocal done
+                    done += len(x) if call == calls else 0
+                    progress(min(done, count))
+
+                given = balanced_labels(setting, count)
+                return torch.from_numpy(runtime.generate(given, seed, batch=BATCH, on_step=on_step))
+
+            yield draw
+
+
+RUNNERS: dict[str, Callable[[Setting, Schedule | None, Path], AbstractContextManager[Draw]]] = {
+    "torch": _on_torch,
+    "onnxruntime": _on_onnxruntime,
+}
+
+
+def _training(run: RunDir, updates_per_round: int) -> dict[str, float]:
+    """What the records of a run say that it took; nothing where they do not say."""
+    records = [record for record in run.records() if "seconds" in record]
+    if not records:
+        return {}
+    rounds = sum("round" in record for record in records)
+    return {
+        "rounds": rounds,
+        "updates": rounds * updates_per_round,
+        "seconds": sum(record["seconds"] for record in records),
+        "peak_memory_bytes": max(record.get("peak_memory_bytes", 0) for record in records),
+    }
+
+
+def _mask(setting: Setting, schedule: Schedule | None = None) -> NDArray[np.bool_]:
+    """bool[T, N], what is computed."""
+    everything = np.ones((setting.table.num_calls, len(setting.adapter.graph)), np.bool_)
+    return everything if schedule is None else schedule.compute
+
+
+def _save_picture(path: Path, samples: Tensor, model: Path) -> None:
+    """A strip of samples; none of latents that have no decoder."""
+    decoder = load_decoder(model)
+    with torch.no_grad():
+        pixels = samples.float() if decoder is None else decoder(samples.float())
+    if pixels.shape[1] in (1, 3):
+        write_atomically(path, png(pixels.numpy()))
+
+
+def _npy(samples: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, samples.numpy())
+    return file.getvalue()
+
+
+def _unseen(done: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _open_folder(out: Path, comparison: Comparison) -> None:
+    """Raise RunError where `out` holds something else; what is asked for may change from one call to the next."""
+    try:
+        found = sorted(name for name in os.listdir(out) if not name.startswith(".")) if out.exists() else []
+    except OSError as error:
+        raise RunError(f"cannot use {out} for a comparison: {error.strerror}") from error
+    if found and COMPARISON not in found:
+        raise RunError(f"{out} holds {found[0]} but no {COMPARISON}, so it is no comparison; pass another --out")
+    write_atomically(
+        out / COMPARISON, yaml.safe_dump(comparison.model_dump(exclude_none=True), sort_keys=False).encode()
+    )

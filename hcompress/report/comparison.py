@@ -1,0 +1,266 @@
+"""The table of a comparison as JSON and Markdown: mean and spread over seeds of every row that is finished."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, row_file
+from hcompress.rundir import environment
+from hcompress_runtime.files import write_atomically
+
+FLOOR = "_floor"  # ends the name of what real data scores by a metric
+REAL = "real, same number"
+NEAR = 0.03  # of its budget: a row whose CUR, or share of steps saved, comes no nearer is not ranked
+SHORT = 1.0  # seconds that are no training cost
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a figure is written. better: which way, where one is; kind: what it says something about."""
+
+    title: str
+    digits: int
+    better: Literal["higher", "lower"] | None = None
+    kind: Literal["quality", "cost"] = "quality"
+    scale: float = 1.0
+
+    @property
+    def head(self) -> str:
+        """The title, with an arrow the better way."""
+        return self.title + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
+
+
+COLUMNS = {
+    "cur": Column("CUR (%)", 1, None, "cost", 100),
+    "mac_ratio": Column("MACs /", 2, "higher", "cost"),
+    "psnr_db": Column("PSNR (dB)", 2, "higher"),
+    "ssim": Column("SSIM", 3, "higher"),
+    "relative_l2": Column("rel. L2", 3, "lower"),
+    "inception_score": Column("IS", 2, "higher"),  # these seven: the published networks, and the published names
+    "fid": Column("FID", 2, "lower"),
+    "sfid": Column("sFID", 2, "lower"),
+    "kid": Column("KID × 1000", 2, "lower"),
+    "inception_precision": Column("Prec.", 2, "higher", scale=100),
+    "inception_recall": Column("Recall", 2, "higher", scale=100),
+    "clip_score": Column("CLIP", 2, "higher"),
+    "fd64": Column("FD-64", 3, "lower"),  # and these: networks of ours, comparable with nothing else
+    "accuracy": Column("accuracy", 3, "higher"),
+    "precision": Column("precision", 3, "higher"),
+    "recall": Column("recall", 3, "higher"),
+    "class_score": Column("class score", 2, "higher"),
+    "emoji_clip": Column("emoji-CLIP", 2, "higher"),
+    "retrieval": Column("retrieval", 3, "higher"),
+    "fd_efflite0": Column("FD-EffLite0", 3, "lower"),
+    "kid_efflite0": Column("KID-EffLite0 × 1000", 2, "lower"),
+    "latency_ms": Column("latency (ms)", 1, "lower", "cost"),
+    "speedup": Column("speed-up", 2, "higher", "cost"),
+    "megabytes": Column("size (MB)", 1, "lower", "cost"),
+}
+UNSHOWN = {"macs"}  # said by mac_ratio
+TRAINING = {
+    "images": Column("images", 0, None, "cost"),
+    "updates": Column("updates", 0, None, "cost"),
+    "seconds": Column("minutes", 1, "lower", "cost", 1 / 60),
+    "update_ms": Column("ms / update", 1, "lower", "cost"),
+    "peak_memory_bytes": Column("peak memory (MB)", 0, "lower", "cost", 1e-6),
+}
+
+
+def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path) -> dict[str, Any]:
+    """The whole report as one JSON object; figures are {"mean", "std"}, std being the deviation over seeds.
+
+    {"title", "date", "environment", "samples", "runner", "batch", "seeds", "finished", "cells", "groups": [{"name",
+    "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out": [{...}]}]}
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    finished = [(cell, file) for cell in cells if (file := row_file(out, cell, comparison)).exists()]
+    rows: dict[tuple[str, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
+    for cell, file in finished:
+        rows.setdefault(cell.row, []).append((cell, json.loads(file.read_text())))
+    for cell in sorted(cells, key=lambda cell: cell.name == FEWER_STEPS):
+        name = group_name(cell.group)
+        group = groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
+        group["methods"] += [cell.name] * (cell.name not in group["methods"])
+    for (where, name, point), found in rows.items():
+        if reason := found[0][1].get("impossible"):
+            groups[where]["left_out"].append({"name": name, "point": point, "reason": reason})
+            continue
+        groups[where]["rows"].append(
+            {
+                "name": name,
+                "point": point,
+                "budget": found[0][0].budget,
+                "seeds": [cell.seed for cell, _ in found],
+                "folders": [str(cell.folder) for cell, _ in found],
+                "figures": _spread([row["figures"] for _, row in found]),
+                "training": _spread([_with_update_ms(row["training"]) for _, row in found]),
+            }
+        )
+    for one in left_out:
+        groups[group_name(one.group)]["left_out"].append({"name": one.name, "point": one.point, "reason": one.reason})
+    for group in groups.values():
+        group["rows"].sort(key=_table_order)
+    return {
+        "title": comparison.title,
+        "date": str(date.today()),
+        "environment": environment(),
+        "samples": comparison.samples,
+        "runner": comparison.runner,
+        "batch": comparison.batch,
+        "seeds": comparison.seeds,
+        "finished": len(finished),
+        "cells": len(cells),
+        "groups": list(groups.values()),
+    }
+
+
+def write_report(
+    comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path
+) -> dict[str, Any]:
+    """Write OUT/compare.{json,md,html} from the rows that are finished, and return what the first holds."""
+    from hcompress.report.comparison_page import write_comparison_page
+
+    report = summarise(comparison, cells, left_out, out)
+    write_atomically(out / "compare.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(out / "compare.md", markdown(report).encode())
+    write_comparison_page(report, out, out / "compare.html")
+    return report
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The tables of a report."""
+    parts = [f"# {report['title']}", provenance(report)]
+    for group in report["groups"]:
+        parts += [f"## {group['name']}", _markdown_table(quality_table(group)), meaning(report, group)]
+        if len(cost := training_table(group)) > 1:
+            parts += ["Training, a seed:", _markdown_table(cost)]
+        parts += [f"Left out: {one['name']} at {one['point']}: {one['reason']}." for one in group["left_out"]]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def provenance(report: Mapping[str, Any]) -> str:
+    """Where the figures come from."""
+    environment, seeds = report["environment"], report["seeds"]
+    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
+    missing = report["cells"] - report["finished"]
+    return (
+        f"{report['samples']} samples a row and seed, {spread}; {report['date']}, {environment['cpu']}, "
+        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}."
+        + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
+    )
+
+
+def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """What the columns of a table are."""
+    said = (
+        "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. CUR is the share of branch "
+        f"evaluations that are reused; latency is that of {report['batch']} samples, and speed-up is over the uncached "
+        "model, timed in turns."
+    )
+    if floors_of(group):
+        said += (
+            " The distribution metrics use small networks of our own and are not FID, IS or CLIP; what real images "
+            "score at the same number of samples is the floor."
+        )
+    return said
+
+
+def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:
+    """The columns that some row of a group has a figure for, in order; unknown metrics between quality and latency."""
+    present = dict.fromkeys(key for row in group["rows"] for key in row["figures"])
+    known = {key: column for key, column in COLUMNS.items() if key in present}
+    own = {
+        key: Column(key, 3) for key in present if key not in COLUMNS and not key.endswith(FLOOR) and key not in UNSHOWN
+    }
+    last = {key: column for key, column in known.items() if key in ("latency_ms", "speedup", "megabytes")}
+    return {key: column for key, column in known.items() if key not in last} | own | last
+
+
+def quality_table(group: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows as text; the last row is what real data scores, where a metric says so."""
+    columns = columns_of(group)
+    table = [["method", "budget", *(column.head for column in columns.values())]]
+    for row in group["rows"]:
+        table.append([row["name"], row["point"], *(written(row["figures"].get(key), columns[key]) for key in columns)])
+    if floors := floors_of(group):
+        table.append([REAL, "", *(written(floors.get(key), columns[key]) for key in columns)])
+    return table
+
+
+def training_table(group: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows as text of what was trained or calibrated."""
+    table = [["method", "budget", *(column.title for column in TRAINING.values())]]
+    for row in trained_rows(group):
+        cells = [written(row["training"].get(key), column) for key, column in TRAINING.items()]
+        table.append([row["name"], row["point"], *cells])
+    return table
+
+
+def trained_rows(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that took time to make."""
+    return [row for row in group["rows"] if row["training"].get("seconds", {}).get("mean", 0) >= SHORT]
+
+
+def floors_of(group: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What real data scores, by metric."""
+    figures = {key: value for row in reversed(group["rows"]) for key, value in row["figures"].items()}
+    return {key.removesuffix(FLOOR): value for key, value in figures.items() if key.endswith(FLOOR)}
+
+
+def written(figure: Mapping[str, float] | None, column: Column) -> str:
+    """A mean with its spread, where there is one."""
+    if figure is None:
+        return ""
+    mean, std = (f"{column.scale * figure[key]:.{column.digits}f}" for key in ("mean", "std"))
+    return mean if figure["seeds"] == 1 or float(std) == 0 else f"{mean} ± {std}"
+
+
+def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
+    """Numbers of the rows whose mean is the best of their budget, among several that kept to it."""
+    column = columns_of(group)[key]
+    budgets: dict[float, list[int]] = {}
+    for index, row in enumerate(group["rows"]):
+        if row["budget"] is None or key not in row["figures"]:
+            continue
+        fewer, figures = row["name"] == FEWER_STEPS, row["figures"]
+        reached = 1 - 1 / figures["mac_ratio"]["mean"] if fewer else figures["cur"]["mean"]
+        if abs(reached - row["budget"]) <= NEAR:
+            budgets.setdefault(row["budget"], []).append(index)
+    sign = -1 if column.better == "lower" else 1
+    mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731
+    return {max(indices, key=mean) for indices in budgets.values() if len(indices) > 1}
+
+
+def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:
+    """Uncached, then budget by budget with fewer steps last, then what has no budget; otherwise as it was asked for."""
+    budget = row["budget"]
+    return row["name"] != UNCACHED, budget is None, budget or 0.0, row["name"] == FEWER_STEPS
+
+
+def _spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and deviation of each figure over the seeds that have it."""
+    keys = dict.fromkeys(key for one in found for key in one)
+    values = {key: [one[key] for one in found if key in one] for key in keys}
+    return {
+        key: {"mean": statistics.fmean(each), "std": statistics.pstdev(each), "seeds": len(each)}
+        for key, each in values.items()
+    }
+
+
+def _with_update_ms(training: Mapping[str, float]) -> dict[str, float]:
+    found = dict(training)
+    if found.get("updates"):
+        found["update_ms"] = 1e3 * found["seconds"] / found["updates"]
+    return found
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

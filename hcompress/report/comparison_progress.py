@@ -1,0 +1,100 @@
+"""A comparison as a person watches it: a table that fills, and what the present cell does. Always on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hcompress.comparison import Cell, group_name
+
+PLAIN_SECONDS = 30.0  # between lines where there is no terminal
+FIGURES = {"cur": "CUR (%)", "mac_ratio": "MACs /", "psnr_db": "PSNR (dB)", "speedup": "speed-up"}
+
+
+@final
+class ComparisonDisplay:
+    """Rows with the seeds that are finished and their mean figures. `speaks`: of several processes one."""
+
+    def __init__(self, *, speaks: bool = True) -> None:
+        self.console = Console(stderr=True, quiet=not speaks)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console)
+        self.all, self.one = self.bar.add_task("cells", total=None), self.bar.add_task("", total=None)
+        self.cells: Sequence[Cell] = ()
+        self.rows: dict[Path, dict[str, Any]] = {}  # by the folder of a cell
+        self.live = Live(self.bar, console=self.console, refresh_per_second=4)
+        self.printed = time.monotonic()
+
+    def __enter__(self) -> ComparisonDisplay:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def start(self, cells: Sequence[Cell]) -> None:
+        """These are to be finished."""
+        self.cells = cells
+        self.bar.update(self.all, total=len(cells))
+        self._show()
+
+    def doing(self, cell: Cell, what: str, done: int, total: int) -> None:
+        """How far `cell` is with `what`."""
+        described = f"{_said(cell)}: {what}"
+        self.bar.update(self.one, description=described, completed=done, total=total or None)
+        if not self.console.is_terminal and time.monotonic() - self.printed > PLAIN_SECONDS:
+            self._print(f"{described} {done}/{total}")
+
+    def finished(self, cell: Cell, row: dict[str, Any]) -> None:
+        """Show its figures, or why there are none."""
+        self.rows[cell.folder] = row.get("figures", {})
+        self.bar.update(self.all, completed=len(self.rows))
+        self._show()
+        if not self.console.is_terminal:
+            figures = "  ".join(f"{title} {_of([self.rows[cell.folder]], key)}" for key, title in FIGURES.items())
+            said = row.get("impossible", figures)
+            self._print(f"{len(self.rows)}/{len(self.cells)}  {_said(cell)}  {said}")
+
+    def notice(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _print(self, line: str) -> None:
+        self.printed = time.monotonic()
+        self.notice(line)
+
+    def _show(self) -> None:
+        """The last rows that fit on the screen, and the bars."""
+        rows: dict[tuple[str, str, str], list[Cell]] = {}
+        for cell in self.cells:
+            rows.setdefault(cell.row, []).append(cell)
+        groups = {group_name(cell.group) for cell in self.cells}
+        table = Table("", "budget", "seeds", *FIGURES.values(), box=None, header_style="dim")
+        begun = {row: cells for row, cells in rows.items() if any(cell.folder in self.rows for cell in cells)}
+        for (group, name, point), cells in [*begun.items()][-max(4, self.console.height - 6) :]:
+            found = [self.rows[cell.folder] for cell in cells if cell.folder in self.rows]
+            figures = (_of(found, key) for key in FIGURES)
+            where = f"{name}, {group}" if len(groups) > 1 else name
+            table.add_row(where, point, f"{len(found)}/{len(cells)}", *figures)
+        self.live.update(Group(table, self.bar))
+
+
+def _said(cell: Cell) -> str:
+    return " ".join(filter(None, (cell.name, cell.point, f"seed {cell.seed}")))
+
+
+def _of(found: Sequence[dict[str, float]], key: str) -> str:
+    values = [figures[key] for figures in found if key in figures]
+    scale = 100 if key == "cur" else 1
+    return f"{scale * sum(values) / len(values):.2f}" if values else "-"

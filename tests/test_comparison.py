@@ -1,0 +1,144 @@
+"""What a comparison asks for: its cells, what is left out of them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, cells_of, fewer_steps, group_name, load_comparison
+from hcompress.errors import RecipeError
+from hcompress.recipe import COMPARISONS, SolverSettings, find, shipped
+
+LEARNED, RULE, FEW_BITS = (f"fashion-dit_ddim20_{name}" for name in ("harmonica", "interval", "int8-max"))
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("name", shipped(COMPARISONS))
+def test_all_shipped_comparisons_have_cells_and_say_what_they_are(name):
+    comparison = load_comparison([name])
+    cells, left_out = cells_of(comparison)
+    assert {cell.seed for cell in cells} == {*comparison.seeds} and len(comparison.seeds) == 3
+    head = find(name).read_text().partition("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines()) and f"hcompress compare {name} --out" in head
+    assert all("out of reach" in one.reason for one in left_out)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    budgets=st.lists(st.integers(1, 94), min_size=1, max_size=4, unique=True),
+    seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+)
+def test_every_recipe_at_every_budget_with_every_seed_is_one_cell_or_left_out(budgets, seeds):
+    names = [LEARNED, RULE, "fashion-dit_ddim20_learning-to-cache"]
+    asked = {"budgets": [budget / 100 for budget in budgets], "seeds": seeds}
+    cells, left_out = cells_of(load_comparison(names, asked))
+    cached = [cell for cell in cells if cell.name != UNCACHED]
+    assert len(cached) + len(left_out) * len(seeds) == len(names) * len(budgets) * len(seeds)
+    assert {one.name for one in left_out} <= {"Learning-to-Cache"}  # half of 20 steps is all it may reuse
+    assert len({cell.folder for cell in cells}) == len(cells)
+    for cell in cached:
+        assert (cell.recipe.caching.target_cur, cell.recipe.seed) == (cell.budget, cell.seed)
+    assert [cell.seed for cell in cells] == sorted((cell.seed for cell in cells), key=seeds.index)
+    starts = [index for index, cell in enumerate(cells) if cell.name == UNCACHED]
+    assert [cells[index - 1].seed for index in starts[1:]] == seeds[:-1]  # each seed begins with its uncached cell
+
+
+@settings(deadline=None)
+@given(budget=st.floats(0.01, 0.94), share=st.floats(0.1, 1.0))
+def test_fewer_steps_cost_what_the_budget_costs_to_half_a_step(budget, share):
+    cells, _ = cells_of(load_comparison([RULE], {"budgets": [budget], "seeds": [4]}))
+    found = fewer_steps(cells, {group_name(cells[0].group): share})
+    if not found:
+        assert 20 * budget * share <= 0.5  # as many steps
+        return
+    (fewer,) = found
+    assert fewer.row[0] == cells[0].row[0] and (fewer.name, fewer.seed) == (FEWER_STEPS, 4)
+    assert abs(fewer.recipe.solver.steps - 20 * (1 - budget * share)) <= 0.5 or fewer.recipe.solver.steps == 1
+
+
+def test_recipes_of_other_models_solvers_or_steps_are_groups_of_their_own():
+    cells, _ = cells_of(load_comparison([LEARNED, "fashion-dit_ddim10_harmonica"], {"seeds": [0]}))
+    groups = {group_name(cell.group): cell.group.solver for cell in cells}
+    assert [*groups.values()] == [SolverSettings(name="ddim", steps=steps) for steps in (20, 10)]
+    assert sum(cell.name == UNCACHED for cell in cells) == 2
+
+
+def test_without_budgets_recipes_run_as_they_are_and_few_bits_have_none():
+    cells, _ = cells_of(load_comparison([LEARNED, FEW_BITS], {"seeds": [0]}))
+    assert [(cell.name, cell.point) for cell in cells] == [
+        (UNCACHED, ""),
+        ("HarmoniCa", "CUR 40 %"),
+        ("int8-max w8a8", ""),
+    ]
+    with_budgets, _ = cells_of(load_comparison([LEARNED, FEW_BITS], {"seeds": [0], "budgets": [0.2, 0.3]}))
+    assert [cell.point for cell in with_budgets] == ["", "CUR 20 %", "CUR 30 %", ""]
+
+
+def test_a_recipe_may_be_changed_named_and_varied(tmp_path):
+    file = written(
+        tmp_path,
+        f"recipes:\n- {{recipe: {LEARNED}, name: without IEPO, set: {{caching.proxy: none}}}}\n"
+        f"- {{recipe: {LEARNED}, set: {{caching.method: deepcache}}, vary: {{caching.every: [2, 5]}}}}\n"
+        "budgets: [0.3]\nseeds: [1]\n",
+    )
+    _, plain, *varied = cells_of(load_comparison([file]))[0]
+    assert (plain.name, plain.recipe.caching.proxy, plain.budget) == ("without IEPO", "none", 0.3)
+    assert [(cell.name, cell.point, cell.recipe.caching.every) for cell in varied] == [
+        ("DeepCache", "every 2", 2),
+        ("DeepCache", "every 5", 5),
+    ]
+
+
+REFUSED = {
+    "recipes: []\n": r"recipes = \[\]",
+    "recipes: [absent]\n": "no recipe 'absent'",
+    f"recipes: [{LEARNED}]\nsedes: [0]\n": "unknown key 'sedes'; did you mean 'seeds'",
+    f"recipes: [{{recipe: {LEARNED}, nmae: x}}]\n": "unknown key 'recipes.0.nmae'; did you mean 'name'",
+    f"recipes: [{LEARNED}]\nbudgets: [1.5]\n": r"budgets.0 = 1.5",
+    f"recipes: [{LEARNED}]\nbudgets: [0.97]\n": "no recipe reaches a budget .*ceiling is 19/20",
+    f"recipes: [{LEARNED}]\nseeds: [1, 1]\n": "holds one twice",
+    f"recipes: [{LEARNED}]\nrunner: abacus\n": "runner = 'abacus'",
+    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called harmonica_cur-40",
+    "recipes: [fashion-dit_ddim20]\n": "itself a comparison",
+    f"recipes: [{{recipe: {LEARNED}, set: {{caching.treshold: 1}}}}]\n": "did you mean 'caching.threshold'",
+    f"recipes: [{{recipe: {LEARNED}, vary: {{caching.every: [2]}}}}]\n": "unknown key 'caching.every'",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, text):
+    with pytest.raises(RecipeError, match=REFUSED[text]) as caught:
+        cells_of(load_comparison([written(tmp_path, text)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_refuses_in_one_line_and_plans_without_torch(tmp_path):
+    def compare(*more: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; sys.modules['torch'] = None; from hcompress.cli.main import main; main()"
+        command = [sys.executable, "-c", code, "compare", LEARNED, "--out", str(tmp_path / "out"), *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = compare("--budgets", "0.2;0.4")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --budgets 0.2;0.4: write numbers with commas between, such as 0.2,0.4\n"
+    planned = compare("--budgets", "0.2,0.4", "--seeds", "0,1,2", "--dry-run", "--json")
+    assert json.loads(planned.stdout)["cells"] == 9, planned.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_of_a_row_differ_in_their_seed_alone():
+    cells, _ = cells_of(load_comparison([LEARNED], {"seeds": [3, 7]}))
+    one, two = (cell for cell in cells if cell.name != UNCACHED)
+    assert one.row == two.row and one.folder != two.folder
+    assert isinstance(one, Cell) and one.recipe.model_copy(update={"seed": 7}) == two.recipe
