@@ -41,6 +41,11 @@ def zoo_names() -> list[str]:
     return sorted(path.parent.name for path in ZOO.glob("*/transformer"))
 
 
+def is_model(name: str) -> bool:
+    """Whether a local file or folder is a MODEL: a pipeline's folder, or a run that left a network."""
+    return any((Path(name) / file).is_file() for file in (FILE, "transformer/config.json"))
+
+
 def load_model(name: str) -> Model:
     """Load MODEL, its float weights as float32. Raises ModelError where it is absent, broken or without an adapter."""
     import torch

@@ -103,21 +103,25 @@ def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
 
 def evaluate(
     setting: Setting,
-    compute: NDArray[np.bool_],
+    compute: NDArray[np.bool_] | None,
     count: int,
     seed: int,
     progress: Callable[[str, int], None] = lambda what, done: None,
+    published: Callable[[Tensor, str], dict[str, float]] = lambda samples, what: {},
 ) -> dict[str, Any]:
-    """One schedule against the uncached model: {"cached": {...}, "uncached": {...}, "num_samples", "seed"}."""
+    """One schedule against the uncached model: {"cached": {...}, "uncached": {...}, "num_samples", "seed"}.
+
+    Without a schedule there is no "cached". published: more metrics of samples [count, C, h, w].
+    """
     reference = generate(setting, count, seed, None, lambda done: progress("uncached", done))
+    everything = np.ones((setting.table.num_calls, len(setting.adapter.graph)), np.bool_)
+    uncached = distribution(setting, reference) | published(reference, "uncached") | cost(setting, everything)
+    result: dict[str, Any] = {"uncached": uncached, "num_samples": count, "seed": seed}
+    if compute is None:
+        return result
     samples = generate(setting, count, seed, compute, lambda done: progress("cached", done))
-    everything = np.ones_like(compute)
-    return {
-        "cached": paired(samples, reference) | distribution(setting, samples) | cost(setting, compute),
-        "uncached": distribution(setting, reference) | cost(setting, everything),
-        "num_samples": count,
-        "seed": seed,
-    }
+    cached = distribution(setting, samples) | published(samples, "cached") | cost(setting, compute)
+    return {"cached": paired(samples, reference) | cached} | result
 
 
 def against_float(
