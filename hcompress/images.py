@@ -172,9 +172,9 @@ def open_images(
     """The images in `folder`, or the zoo data of the setting's model, as samples of it. Raises DataError."""
     model, adapter = setting.model, setting.adapter
     if folder is None:
-        if model.name not in ZOO_DATA:
+        if model.zoo not in ZOO_DATA:
             raise DataError(f"{model.name} comes with no images; pass --images FOLDER, what it was trained on or alike")
-        return ImageStream(ZOO_DATA[model.name](), seed, None, adapter.device, on_broken)
+        return ImageStream(ZOO_DATA[model.zoo](), seed, None, adapter.device, on_broken)
     encoder = load_encoder(model.folder)
     channels, size, _ = adapter.sample_shape
     if encoder is not None:

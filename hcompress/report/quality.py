@@ -73,7 +73,7 @@ def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
     """The offline metrics of the model's data with their floors; empty where there are none, see `left_out`."""
     asked = balanced_labels(setting, len(samples))
     measured: FashionMetrics | EmojiMetrics
-    if setting.model.name.startswith("zoo:fashion"):
+    if (setting.model.zoo or "").startswith("zoo:fashion"):
         measured = fashion_metrics(samples, torch.tensor(asked))
     elif _of_emoji(setting) and isinstance(asked, Mapping) and emoji_clip.installed():
         states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
@@ -148,6 +148,25 @@ def against_float(
     }
 
 
+def against_original(
+    original: Setting,
+    changed: Setting,
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """A pruned model against the one it came from: {"original": {...}, "pruned": {...}, "num_samples", "seed"}."""
+    reference = generate(original, count, seed, None, lambda done: progress("original", done))
+    samples = generate(changed, count, seed, None, lambda done: progress("pruned", done))
+    enough = count >= MIN_SAMPLES
+    return {
+        "original": distribution(original, reference) if enough else {},
+        "pruned": paired(samples, reference) | (distribution(changed, samples) if enough else {}),
+        "num_samples": count,
+        "seed": seed,
+    }
+
+
 def with_cache(
     made: Quantized,
     given: Schedule,
@@ -176,4 +195,4 @@ def with_cache(
 
 
 def _of_emoji(setting: Setting) -> bool:
-    return setting.model.name.startswith("zoo:emoji")
+    return (setting.model.zoo or "").startswith("zoo:emoji")
