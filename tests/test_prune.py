@@ -160,7 +160,7 @@ def test_a_pruned_model_reads_back_equal_and_what_is_damaged_is_refused(adapter:
     again = load_pruned(file, adapter)
     assert read_base(file) == "the model" and torch.equal(output(again), output(pruned))
     assert again.identity("m", {}, 1.0) == pruned.identity("m", {}, 1.0) != adapter.identity("m", {}, 1.0)
-    with pytest.raises(ModelError, match="does not fit the model .* prune anew"):
+    with pytest.raises(ModelError, match=r"does not fit the model .* prune anew"):
         load_pruned(file, FAMILIES["dit"]() if len(adapter.graph) == 6 else FAMILIES["pixart"]())
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="truncated or not a safetensors file"):
@@ -240,8 +240,8 @@ def test_a_pruned_run_is_a_model_for_every_verb(hcompress: Any, common: tuple[An
     before = (out / "pruned.safetensors").stat().st_mtime_ns
     assert hcompress("prune", *common, "--out", out, "--resume")[0] == 0
     assert (out / "pruned.safetensors").stat().st_mtime_ns == before
-    code, _, stderr = hcompress("prune", *common, "--out", out, "--resume", "--updates", 30)
-    assert code == 1 and "prune.updates: 25 != 30" in stderr
+    code, _, stderr = hcompress("prune", *common, "--out", out, "--resume", "--seed", 1)
+    assert code == 1 and "seed: 0 != 1" in stderr
 
     trained, picture = tmp_path / "trained", tmp_path / "p.png"
     small = ("--target-cur", 0.3, "--set", "caching.trajectories=2", "--set", "caching.batch=1")
@@ -288,9 +288,9 @@ def test_dry_run_says_what_stays_and_writes_nothing(hcompress: Any, common: tupl
 
 
 def test_one_goal_is_asked_for() -> None:
-    with pytest.raises(RecipeError, match="pass exactly one of ratio and target_speedup .got none"):
+    with pytest.raises(RecipeError, match=r"pass exactly one of ratio and target_speedup .got none"):
         resolve_prune(None, {"model": "m"})
     later = resolve_prune(None, {"model": "m", "prune.ratio": 0.3}, ["prune.target_speedup=1.5"])
     assert (later.prune.ratio, later.prune.target_speedup) == (None, 1.5)
-    with pytest.raises(RecipeError, match="unknown key 'prune.rato'; did you mean 'prune.ratio'"):
+    with pytest.raises(RecipeError, match=r"unknown key 'prune\.rato'; did you mean 'prune\.ratio'"):
         resolve_prune(None, {"model": "m", "prune.ratio": 0.3}, ["prune.rato=0.5"])

@@ -10,6 +10,7 @@ from hcompress.caching import CACHING
 from hcompress.errors import RecipeError
 from hcompress.recipe import (
     TARGETS,
+    PruneRecipe,
     QuantRecipe,
     Recipe,
     dump,
@@ -248,5 +249,6 @@ def test_the_schema_describes_every_setting():
     assert {frozenset(kind - {"model", "solver", "cfg", "seed"}) for kind in kinds} == {
         frozenset({"caching"}),
         frozenset({"quant"}),
+        frozenset({"prune"}),
     }
-    assert set(Recipe.model_fields) in kinds and set(QuantRecipe.model_fields) in kinds
+    assert all(set(kind.model_fields) in kinds for kind in (Recipe, QuantRecipe, PruneRecipe))

@@ -51,7 +51,7 @@ def importance(
     learner = twin(adapter)
     network = _own_parameters(learner)
     trace = _Call(learner, {name: rows[:1] for name, rows in condition.items()}, _at(learner, 0, x0))
-    groups = tp.DependencyGraph().build_dependency(trace, example_inputs=x0[:1])
+    groups = tp.DependencyGraph().build_dependency(trace, example_inputs=x0[:1], verbose=False)
     highest = 0.0
     for step in range(len(process.alpha)):
         output = learner(process.noised(step, x0, noise), condition, _at(learner, step, x0), compute_all)
