@@ -250,7 +250,7 @@ def test_a_pruned_run_is_a_model_for_every_verb(hcompress: Any, common: tuple[An
     code, stdout, _ = hcompress("eval", out, "--samples", 2, "--json")
     assert code == 0 and json.loads(stdout)["uncached"]["macs"] == 2 * CALLS * loaded.adapter.graph.call_macs
     code, stdout, _ = hcompress("eval", out, "--schedule", schedule, "--samples", 2, "--json")
-    assert code == 0 and json.loads(stdout)["cur"] > 0
+    assert code == 0 and {"psnr_db", "cur"} <= json.loads(stdout).keys()
     assert hcompress("generate", out, "--labels", "0,1", "--out", picture)[0] == 0
     quantized = ("--set", "quant.samples=2", "--samples", 0, "--steps", CALLS, "--cfg", CFG)
     assert hcompress("quantize", out, *quantized, "--out", tmp_path / "int8")[0] == 0
