@@ -45,6 +45,15 @@ class SolverSettings(BaseModel):
     steps: int = Field(20, description="denoising steps T; one step has nothing to reuse")
 
 
+class MetricsSettings(BaseModel):
+    """How a run's results are to be measured: what `hcompress eval --recipe` goes by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(500, ge=1, description="how many to generate; published figures: 50000")
+    reference: str | None = Field(None, description="real pictures or ADM's npz of their statistics: FID and its kin")
+
+
 class Run(BaseModel):
     """What every kind of run has."""
 
@@ -53,6 +62,7 @@ class Run(BaseModel):
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
+    metrics: MetricsSettings | None = Field(None, description="how its results are to be measured")
 
 
 class QuantRecipe(Run):

@@ -33,10 +33,15 @@ def evaluate(
     cfg: Annotated[
         float | None, typer.Option(help="Guidance scale; the schedule's own if not given, else 1.5.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many; even shares of the classes.")] = 500,
+    samples: Annotated[
+        int | None, typer.Option(help="How many; even shares of the classes.", show_default="500")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; sample i is the same for every schedule.")] = 0,
     reference: Annotated[
         Path | None, typer.Option(help="Real pictures, a folder or npz, or ADM's npz of statistics: FID, sFID, IS, ...")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe or a YAML file: its solver, guidance and metrics.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Cut and scale a folder's pictures to this side.")] = None,
     inception: Annotated[
@@ -60,6 +65,15 @@ def evaluate(
     from hcompress.errors import InputError
     from hcompress.models.loading import is_model
 
+    if recipe:
+        from hcompress.recipe import MetricsSettings, find, resolve_any
+
+        asked = resolve_any(find(recipe))
+        measured = asked.metrics or MetricsSettings()
+        solver, steps = solver or asked.solver.name, steps or asked.solver.steps
+        cfg, samples = asked.cfg if cfg is None else cfg, samples or measured.samples
+        reference = reference or (Path(measured.reference) if measured.reference else None)
+    samples = samples or 500
     with Progress(console=Console(stderr=True), transient=True) as bars:
         judge = _judge(reference, inception, size, device, bars) if reference else None
         if not is_model(model) and Path(model).exists():

@@ -102,16 +102,24 @@ def prune(
 
 def _print_plan(recipe: PruneRecipe, device: str, as_json: bool) -> None:
     """What would stay, before anything is measured: importance decides which heads and units, not how many."""
+    from hcompress.errors import AbsentModel
     from hcompress.prune.taylor import most_important, uniform
     from hcompress.pruned import narrowed
     from hcompress.pruning import figures_of, open_original, ratios_of, widths_of
+    from hcompress.report.forecast import outline
 
-    setting, settings = open_original(recipe, device=device), recipe.prune
-    adapter = setting.adapter
+    try:
+        adapter, settings = open_original(recipe, device=device).adapter, recipe.prune
+    except AbsentModel as absent:
+        return _print_values(outline(recipe, absent), as_json)
     kept = most_important(uniform(adapter), ratios_of(adapter, settings), settings.multiple)
     plan: dict[str, Any] = {"model": recipe.model, "method": settings.method, "updates": settings.updates}
     plan |= {**widths_of(kept), **figures_of(adapter, narrowed(adapter, kept))}
-    print(json.dumps(plan) if as_json else "\n".join(f"{key:14} {value}" for key, value in plan.items()))
+    _print_values(plan, as_json)
+
+
+def _print_values(plan: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(plan) if as_json else "\n".join(f"{key:22} {value}" for key, value in plan.items()))
 
 
 def _print_table(figures: dict[str, Any], title: str) -> None:

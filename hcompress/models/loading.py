@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hcompress.adapter import Adapter
-from hcompress.errors import ModelError
+from hcompress.errors import AbsentModel, ModelError
 from hcompress.lowbit.artefact import FILE as QUANTIZED
 from hcompress.lowbit.artefact import load_quantized, read_origin
 from hcompress.models import LEGACY, MODELS
@@ -130,7 +130,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # HTTP, proxy, offline, disk, a name that the hub does not allow: no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
+        raise AbsentModel(
             f"{name} is no local folder and cannot be fetched from the hub ({reason}); "
             "pass the path of a downloaded diffusers folder instead"
         ) from error
