@@ -38,7 +38,7 @@ from hcompress.zoo.emoji import SIZE, Emoji, load_emoji
 from hcompress_runtime.files import write_atomically
 
 TOKENS, NUM_TRAIN_TIMESTEPS = 20, 1000  # the longest caption has 17
-CYCLES = ((2500, 700), (12000, 3000))  # (last step, length of the cool-down before it)
+CYCLES = ((2500, 700), (5500, 2000), (12000, 3000))  # (last step, length of the cool-down before it)
 BATCH, LEARNING_RATE, WARMUP_STEPS, EMA_DECAY, CAPTION_DROPOUT = 64, 6e-4, 200, 0.999, 0.1
 PROMPTS = 128  # of the model's own; every fourth is of a held-out concept
 FOLDER = Path(__file__).parent / "emoji-pixart"
