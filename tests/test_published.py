@@ -339,7 +339,9 @@ def test_eval_judges_pictures_as_a_user_types_it(hcompress: Any, weights: Path, 
     assert code == 0 and (figures["num_samples"], figures["left_out"]) == (N, 1)
     assert {"fid", "sfid", "inception_score", "inception_precision", "clip_score"} <= figures.keys()
     assert stderr.count("zz.jpg cannot be read (UnidentifiedImageError): left out") == 1
-    code, stdout, _ = hcompress("eval", made, "--reference", real, "--inception", weights)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: m\ncaching: {{beta: 1}}\nmetrics: {{reference: {real}}}\n")
+    code, stdout, _ = hcompress("eval", made, "--recipe", recipe, "--inception", weights)
     assert code == 0 and "5 pictures, 1 left out" in stdout and "sfid" in stdout
     for wrong, said in {
         (): "holds pictures; pass --reference REAL",

@@ -65,15 +65,10 @@ def evaluate(
     from hcompress.errors import InputError
     from hcompress.models.loading import is_model
 
-    if recipe:
-        from hcompress.recipe import MetricsSettings, find, resolve_any
-
-        asked = resolve_any(find(recipe))
-        measured = asked.metrics or MetricsSettings()
-        solver, steps = solver or asked.solver.name, steps or asked.solver.steps
-        cfg, samples = asked.cfg if cfg is None else cfg, samples or measured.samples
-        reference = reference or (Path(measured.reference) if measured.reference else None)
-    samples = samples or 500
+    asked = _asked(recipe) if recipe else {}
+    solver, steps = solver or asked.get("solver"), steps or asked.get("steps")
+    cfg, samples = asked.get("cfg") if cfg is None else cfg, samples or asked.get("samples", 500)
+    reference = reference or asked.get("reference")
     with Progress(console=Console(stderr=True), transient=True) as bars:
         judge = _judge(reference, inception, size, device, bars) if reference else None
         if not is_model(model) and Path(model).exists():
@@ -93,6 +88,17 @@ def evaluate(
         return
     columns = [name for name in ("uncached", "cached") if name in result]
     _print({name: result[name] for name in columns}, f"{model}, {samples} samples, seed {seed}")
+
+
+def _asked(recipe: str) -> dict[str, Any]:
+    """What a recipe says of samples and their metrics."""
+    from hcompress.recipe import MetricsSettings, find, resolve_any
+
+    resolved = resolve_any(find(recipe))
+    metrics = resolved.metrics or MetricsSettings()
+    asked = {"solver": resolved.solver.name, "steps": resolved.solver.steps, "cfg": resolved.cfg}
+    reference = {"reference": Path(metrics.reference)} if metrics.reference else {}
+    return asked | {"samples": metrics.samples} | reference
 
 
 def _samples(
