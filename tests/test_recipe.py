@@ -237,10 +237,11 @@ def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
     assert f"--recipe {name}" in head
 
 
-def test_the_page_of_recipes_names_each_of_them_and_no_other():
+def test_the_page_of_recipes_names_every_published_row_and_no_recipe_that_is_not_there():
     page = (next(iter(shipped().values())).parent / "README.md").read_text()
     named = set(re.findall(r"`([\w+-]+_[\w+-]+)`", page))
-    assert named == set(shipped())
+    published = {name for name, file in shipped().items() if "# Published: " in file.read_text()}
+    assert len(published) > 50 and published <= named <= set(shipped())
 
 
 SETTINGS_OF_SOLVERS = sorted(
