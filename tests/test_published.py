@@ -344,8 +344,8 @@ def test_eval_judges_pictures_as_a_user_types_it(hcompress: Any, weights: Path, 
     code, stdout, _ = hcompress("eval", made, "--recipe", recipe, "--inception", weights)
     assert code == 0 and "5 pictures, 1 left out" in stdout and "sfid" in stdout
     for wrong, said in {
-        (): "holds pictures; pass --reference REAL",
-        ("--schedule", "s.safetensors", "--prompts", tmp_path / "prompts.txt"): "and no schedule",
+        (): "is no MODEL, so it should hold pictures",
+        ("--schedule", "s.safetensors", "--prompts", tmp_path / "prompts.txt"): "and have no schedule",
         ("--prompts", made / "000.png"): "cannot be read as a text file",
     }.items():
         code, _, stderr = hcompress("eval", made, *wrong)

@@ -69,18 +69,18 @@ def evaluate(
     solver, steps = solver or asked.get("solver"), steps or asked.get("steps")
     cfg, samples = asked.get("cfg") if cfg is None else cfg, samples or asked.get("samples", 500)
     reference = reference or asked.get("reference")
+    pictures = Path(model).exists() and not is_model(model)
+    if pictures and (schedule or not (reference or prompts)):
+        raise InputError(
+            f"{model} is no MODEL, so it should hold pictures, which are judged by --reference REAL, --prompts FILE or "
+            "both, and have no schedule; of a run folder pass the MODEL and --schedule"
+        )
+    if prompts and not pictures:
+        raise InputError("--prompts is for finished pictures: generate them, then hcompress eval FOLDER --prompts FILE")
     with Progress(console=Console(stderr=True), transient=True) as bars:
         judge = _judge(reference, inception, size, device, bars) if reference else None
-        if not is_model(model) and Path(model).exists():
-            if schedule or not (reference or prompts):
-                raise InputError(
-                    f"{model} holds pictures; pass --reference REAL, --prompts FILE or both, and no schedule"
-                )
+        if pictures:
             return _pictures(Path(model), judge, clip, prompts, size, device, bars, as_json)
-        if prompts:
-            raise InputError(
-                "--prompts is for finished pictures: generate them, then hcompress eval FOLDER --prompts FILE"
-            )
         result = _samples(model, schedule, solver, steps, cfg, samples, seed, judge, device, bars)
     if as_json:
         whole = result.get("cached", {}) | {"uncached": result["uncached"], "num_samples": samples, "seed": seed}

@@ -4,7 +4,8 @@
 
 (Ho et al. 2020, eq. 14; Ho and Salimans 2022). A learned variance is nothing that this loss teaches: it is held to that
 of the model as it was. The embedders of time and label are not pruned and stay as they are: diffusers keeps a copy in
-each block, and copies that drift apart would no longer be one.
+each block, and copies that drift apart would no longer be one. Images without captions teach a text model its null
+prompt alone.
 
 All chance comes from streams numbered by update, so a resumed run draws what an uninterrupted one would have drawn.
 """
