@@ -76,6 +76,7 @@ def prune(
     if checkpoint.is_file():
         kept = read_checkpoint(checkpoint)["kept"]
     else:
+        run.rewind(0)  # killed before the first checkpoint, a run starts over
         kept = find_kept(setting, images, process, recipe, run, on_taylor)
     tuning = FineTune(
         setting.adapter,

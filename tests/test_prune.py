@@ -278,6 +278,11 @@ def test_a_killed_run_goes_on_to_the_same_model(hcompress: Any, common: tuple[An
     (killed / "pruned.safetensors").unlink()
     assert hcompress("prune", *common, "--out", killed, "--resume")[0] == 0  # of a finished fine-tune nothing is left
     assert (killed / "pruned.safetensors").read_bytes() == (whole / "pruned.safetensors").read_bytes()
+    for file in ("pruned.safetensors", "finetune.pt"):
+        (killed / file).unlink()
+    assert hcompress("prune", *common, "--out", killed, "--resume")[0] == 0  # of one without a checkpoint, everything
+    assert (killed / "pruned.safetensors").read_bytes() == (whole / "pruned.safetensors").read_bytes()
+    assert (killed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 def test_dry_run_says_what_stays_and_writes_nothing(hcompress: Any, common: tuple[Any, ...], tmp_path: Path) -> None:
