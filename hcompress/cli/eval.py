@@ -132,7 +132,7 @@ def _samples(
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
     return measure(
         setting,
-        loaded.compute if loaded else None,
+        loaded,
         samples,
         seed,
         lambda what, done: bars.update(tasks[what], completed=done),

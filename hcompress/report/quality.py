@@ -103,7 +103,7 @@ def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
 
 def evaluate(
     setting: Setting,
-    compute: NDArray[np.bool_] | None,
+    schedule: Schedule | None,
     count: int,
     seed: int,
     progress: Callable[[str, int], None] = lambda what, done: None,
@@ -117,8 +117,9 @@ def evaluate(
     everything = np.ones((setting.table.num_calls, len(setting.adapter.graph)), np.bool_)
     uncached = distribution(setting, reference) | published(reference, "uncached") | cost(setting, everything)
     result: dict[str, Any] = {"uncached": uncached, "num_samples": count, "seed": seed}
-    if compute is None:
+    if schedule is None:
         return result
+    compute = schedule.compute
     samples = generate(setting, count, seed, compute, lambda done: progress("cached", done))
     cached = distribution(setting, samples) | published(samples, "cached") | cost(setting, compute)
     return {"cached": paired(samples, reference) | cached} | result
