@@ -346,6 +346,7 @@ def test_eval_judges_pictures_as_a_user_types_it(hcompress: Any, weights: Path, 
     for wrong, said in {
         (): "is no MODEL, so it should hold pictures",
         ("--schedule", "s.safetensors", "--prompts", tmp_path / "prompts.txt"): "and have no schedule",
+        ("--reference", tmp_path / "absent"): "no reference",
         ("--prompts", made / "000.png"): "cannot be read as a text file",
     }.items():
         code, _, stderr = hcompress("eval", made, *wrong)

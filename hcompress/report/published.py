@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from hcompress.errors import DataError
 from hcompress.metrics.clip_score import ClipScore, read_prompts
 from hcompress.metrics.image_sets import Folder, ImageSet, open_set
 from hcompress.metrics.inception import Inception, features_of
@@ -41,6 +42,10 @@ class Judge:
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.reference.exists():
+            raise DataError(
+                f"no reference {self.reference}; it is a folder or npz of real pictures, or ADM's statistics"
+            )
         self.network = Inception(self.weights, self.device)
         self.real = load_reference(
             self.reference,
