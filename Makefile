@@ -8,11 +8,14 @@ PATHS := hcompress export tests
 .PHONY: zoo-fashion-dit zoo-fashion-uvit zoo-fashion-classifier zoo-emoji-pixart zoo-emoji-clip
 .DEFAULT_GOAL := test
 
+# torch-fidelity without torchvision, which it asks for and hcompress does not use: a CUDA build of it beside a CPU torch
+# breaks transformers.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hcompress needs Python 3.11 to 3.13; say PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing hcompress and what it needs into .venv (a few minutes, once)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,cpu,trt-rtx,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,cpu,trt-rtx,prune,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity
 	@touch $@
 
 demo: $(INSTALLED)

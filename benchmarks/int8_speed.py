@@ -29,10 +29,9 @@ from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, observe
 from hcompress.quant.selection import select
-from hcompress.quantize import with_adapter
 from hcompress.rundir import environment
 from hcompress.schedule import Schedule
-from hcompress.setting import Setting, open_setting
+from hcompress.setting import Setting, open_setting, with_adapter
 from hcompress_runtime import Runtime
 from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
 from hcompress_runtime.kernels import OF_FLOATS, OF_INTEGERS, executed, milliseconds

@@ -17,9 +17,11 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hcompress.branches import BranchGraph
+from hcompress.errors import ModelError
 from hcompress.schedule import Identity
 from hcompress_runtime.conditions import Given, Input, complete
 
@@ -75,6 +77,25 @@ class Adapter(ABC, nn.Module):
     def scheduler_config(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The scheduler's configuration as the family's pipeline runs it, from the one stored with the model."""
         return dict(stored)
+
+    def recount(self) -> None:
+        """Set `graph` anew, once hcompress.pruned has changed widths. Raises ModelError where a family cannot."""
+        raise ModelError(
+            f"{type(self).__name__} cannot be pruned: heads and MLP units are known of DiT and PixArt only"
+        )
+
+    @final
+    def image_condition(
+        self, classes: Sequence[int] | None, dropped: NDArray[np.bool_], rng: np.random.Generator
+    ) -> Condition:
+        """What images of these classes are trained with: the null condition where `dropped`, bool[B], or unknown."""
+        if classes is None:
+            condition, dropped = self.random_condition(rng, len(dropped)), np.ones_like(dropped)
+        else:
+            condition = self.label_condition(classes)
+        null, rows = self.null_condition(condition), torch.from_numpy(dropped).to(self.device)
+        like = {name: rows.reshape(-1, *[1] * (null[name].ndim - 1)) for name in null}
+        return {name: torch.where(like[name], null[name], condition[name]) for name in null}
 
     @final
     def condition(self, given: Given) -> Condition:

@@ -3,6 +3,7 @@
 HcompressError
 ├── RecipeError      a recipe, a --set or a flag asks for something that does not exist or does not fit
 ├── ModelError       a model cannot be found, loaded or adapted
+│   └── AbsentModel      it is on a hub that cannot be reached
 ├── SolverError      a scheduler is not affine, or its settings do not fit the run
 ├── ScheduleError    a schedule is broken, or belongs to another model, solver or number of steps
 ├── RunError         a run folder cannot be resumed or written
@@ -29,6 +30,7 @@ from hcompress_runtime.errors import (
 )
 
 __all__ = [
+    "AbsentModel",
     "BundleError",
     "DataError",
     "DiskError",
@@ -51,6 +53,10 @@ class RecipeError(HcompressError):
 
 class ModelError(HcompressError):
     """A model cannot be found, loaded or adapted."""
+
+
+class AbsentModel(ModelError):
+    """A model is on a hub that cannot be reached."""
 
 
 class SolverError(HcompressError):

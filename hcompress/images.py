@@ -15,19 +15,17 @@ from typing import Protocol, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from hcompress.caching.problem import TRAINING_STREAMS
 from hcompress.errors import DataError
 from hcompress.models.decoder import Encoder, load_encoder
+from hcompress.pictures import SUFFIXES, UNREADABLE, picture_files, read_picture
 from hcompress.setting import Setting
 from hcompress.zoo.emoji import load_emoji
 from hcompress.zoo.fashion import load_fashion
 from hcompress_runtime.noise import gaussian
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 FLIP, LATENT_DRAW = 2, 1  # uses of chance, beside those of caching.problem and learning_to_cache
 
 
@@ -99,7 +97,7 @@ class Folder:
         self.size, self.mode = size, "L" if channels == 1 else "RGB"
         if not folder.is_dir():
             raise DataError(f"no folder {folder}; pass --images a folder that holds images")
-        self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.files = picture_files(folder)
         if not self.files:
             raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}); pass another --images")
         groups = {file.relative_to(folder).parts[0] for file in self.files if file.parent != folder}
@@ -113,9 +111,8 @@ class Folder:
 
     def picture(self, index: int) -> NDArray[np.float32]:
         """float32[C, size, size]."""
-        with Image.open(self.files[index]) as image:
-            pixels = np.asarray(_centre(image.convert(self.mode), self.size), np.float32)
-        return np.atleast_3d(pixels).transpose(2, 0, 1) / 127.5 - 1.0
+        pixels = read_picture(self.files[index], self.mode, self.size).astype(np.float32)
+        return pixels.transpose(2, 0, 1) / 127.5 - 1.0
 
     def name(self, index: int) -> str:
         """Its path."""
@@ -187,9 +184,9 @@ def open_images(
     """The images in `folder`, or the zoo data of the setting's model, as samples of it. Raises DataError."""
     model, adapter = setting.model, setting.adapter
     if folder is None:
-        if model.name not in ZOO_DATA:
+        if model.zoo not in ZOO_DATA:
             raise DataError(f"{model.name} comes with no images; pass --images FOLDER, what it was trained on or alike")
-        return ImageStream(ZOO_DATA[model.name](), seed, None, adapter.device, on_broken)
+        return ImageStream(ZOO_DATA[model.zoo](), seed, None, adapter.device, on_broken)
     encoder = load_encoder(model.folder)
     channels, size, _ = adapter.sample_shape
     if encoder is not None:
@@ -210,13 +207,3 @@ def _class_numbers(groups: Sequence[str], classes: int, folder: Path) -> dict[st
         f"{folder} has {len(groups)} sub-folders ({groups[0]}, ...) but this model has {classes} classes; name them by "
         f"number, 0 to {classes - 1}, or put the images into {folder} itself to train without classes"
     )
-
-
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    """The middle of an image, `size` x `size`: halved while it is large, then bicubic (ADM, image_datasets.py)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))

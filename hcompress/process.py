@@ -37,6 +37,16 @@ class Process:
         """x at `call`."""
         return x0 * float(self.alpha[call]) + noise * float(self.sigma[call])
 
+    def target(self, call: int, x0: Any, noise: Any) -> Any:
+        """What the model is trained to give at `call`."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x0
+        if self.prediction == "v_prediction":
+            return noise * float(self.alpha[call]) - x0 * float(self.sigma[call])
+        return noise - x0
+
     def estimates(self, call: int, x: Any, output: Any) -> tuple[Any, Any]:
         """x0 and the noise that the model's output at `call` stands for."""
         alpha, sigma = float(self.alpha[call]), float(self.sigma[call])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from hcompress.adapter import Adapter
 from hcompress.distil import Report, distil
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
@@ -20,7 +19,7 @@ from hcompress.quant.settings import EfficientDMSettings, Quant
 from hcompress.recipe import QuantRecipe, SolverSettings, resolve_quant
 from hcompress.rundir import RunDir, environment, open_run
 from hcompress.schedule import Schedule
-from hcompress.setting import Setting, open_setting, setting_of
+from hcompress.setting import Setting, open_setting, setting_of, with_adapter
 from hcompress.solver import make_scheduler, probe, solver_identity
 
 
@@ -119,12 +118,6 @@ def origin_of(setting: Setting, adapter: QuantizedAdapter, schedule: Schedule | 
     """Where `adapter` comes from: the float model of `setting`, under `schedule`."""
     fingerprint = None if schedule is None else schedule.fingerprint
     return Origin(setting.identity, adapter.plan, environment()["packages"], fingerprint)
-
-
-def with_adapter(setting: Setting, adapter: Adapter, name: str) -> Setting:
-    """`setting` with another adapter, whose model is called `name`."""
-    identity = adapter.identity(name, setting.identity.solver, setting.cfg)
-    return replace(setting, model=replace(setting.model, name=name, adapter=adapter), identity=identity)
 
 
 def resample(model: str, solver: str, steps: int, cfg: float, out: Path) -> Setting:

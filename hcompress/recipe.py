@@ -18,12 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from hcompress.caching.settings import CachingSettings, HarmoniCaSettings
 from hcompress.errors import RecipeError
+from hcompress.prune.settings import PruneSettings
 from hcompress.quant.settings import Quant
 from hcompress.recipe_errors import one_line, section_of
 
 TARGETS = ("caching.target_cur", "caching.target_speedup")
-GOALS = ("caching.beta", "caching.alpha", "caching.every", "caching.keys", *TARGETS)  # one; a later layer's replaces it
-DEFAULT_METHODS = {"caching": "harmonica", "quant": "int8-max"}  # of the section that makes a run what it is
+PRUNING = ("prune.ratio", "prune.target_speedup")
+GOALS = (  # one; a later layer's replaces it
+    *("caching.beta", "caching.alpha", "caching.every", "caching.keys", *TARGETS),
+    *PRUNING,
+)
+DEFAULT_METHODS = {
+    "caching": "harmonica",
+    "quant": "int8-max",
+    "prune": "diff-pruning",
+}  # of the section that makes a run what it is
 COMPARISONS = "compare"  # the folder, among recipes, of what `hcompress compare` reads (hcompress.comparison)
 Kind = TypeVar("Kind", bound="Run")
 
@@ -37,6 +46,15 @@ class SolverSettings(BaseModel):
     steps: int = Field(20, description="denoising steps T; one step has nothing to reuse")
 
 
+class MetricsSettings(BaseModel):
+    """How a run's results are to be measured: what `hcompress eval --recipe` goes by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(500, ge=1, description="how many to generate; published figures: 50000")
+    reference: str | None = Field(None, description="real pictures or ADM's npz of their statistics: FID and its kin")
+
+
 class Run(BaseModel):
     """What every kind of run has."""
 
@@ -45,6 +63,7 @@ class Run(BaseModel):
     model: str = Field(description="zoo:NAME, a local diffusers folder or a hub id")
     solver: SolverSettings = SolverSettings()
     cfg: float = Field(1.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is no guidance")
+    metrics: MetricsSettings | None = Field(None, description="how its results are to be measured")
 
 
 class QuantRecipe(Run):
@@ -52,6 +71,13 @@ class QuantRecipe(Run):
 
     quant: Quant
     seed: int = Field(0, ge=0, description="of the noises and the labels")
+
+
+class PruneRecipe(Run):
+    """One pruning. Solver and guidance are those that its results are compared under, and MODEL's own from then on."""
+
+    prune: PruneSettings
+    seed: int = Field(0, ge=0, description="of the images' order, the noises and the labels")
 
 
 class Recipe(Run):
@@ -114,9 +140,19 @@ def resolve_quant(
     return _checked(QuantRecipe, _layered("quant", file, flags, sets))
 
 
-def resolve_any(file: Path, flags: Mapping[str, Any] | None = None) -> Recipe | QuantRecipe:
+def resolve_prune(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> PruneRecipe:
+    """As `resolve`, for a recipe with a `prune:` section."""
+    return _checked(PruneRecipe, _layered("prune", file, flags, sets))
+
+
+def resolve_any(file: Path, flags: Mapping[str, Any] | None = None) -> Recipe | QuantRecipe | PruneRecipe:
     """The recipe in `file` under `flags`, of whichever kind its section says."""
-    return resolve_quant(file, flags) if "quant" in read(file) else resolve(file, flags)
+    settings = read(file)
+    if "prune" in settings:
+        return resolve_prune(file, flags)
+    return resolve_quant(file, flags) if "quant" in settings else resolve(file, flags)
 
 
 def _layered(section: str, file: Path | None, flags: Mapping[str, Any] | None, sets: Sequence[str]) -> dict[str, Any]:
@@ -171,7 +207,7 @@ def dump(recipe: Run) -> str:
 
 def schema() -> str:
     """JSON Schema of a recipe file, for editors."""
-    return json.dumps(TypeAdapter(Recipe | QuantRecipe).json_schema(), indent=2, ensure_ascii=False)
+    return json.dumps(TypeAdapter(Recipe | QuantRecipe | PruneRecipe).json_schema(), indent=2, ensure_ascii=False)
 
 
 def first_difference(old: Run, new: Run) -> str | None:

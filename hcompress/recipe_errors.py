@@ -39,8 +39,8 @@ def one_line(invalid: ValidationError, recipe: Model, method: object) -> str:
 
 
 def section_of(recipe: Model) -> str:
-    """The section that makes a run what it is: "caching" or "quant"."""
-    return "caching" if "caching" in recipe.model_fields else "quant"
+    """The section that makes a run what it is: "caching", "quant" or "prune"."""
+    return next(name for name in ("caching", "quant", "prune") if name in recipe.model_fields)
 
 
 def methods(recipe: Model) -> list[str]:

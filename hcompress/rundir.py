@@ -7,6 +7,7 @@ RUN/checkpoint.pt          all that a resumed run needs, replaced atomically; of
 RUN/schedule.safetensors   the result of training
 RUN/heatmap.png            and a picture of it
 RUN/quantized.safetensors  the result of quantizing, which makes the folder a MODEL
+RUN/pruned.safetensors     the result of pruning, which does likewise
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class RunDir:
         return self.path / "quantized.safetensors"
 
     @property
+    def pruned(self) -> Path:
+        """The finished network with fewer heads and units."""
+        return self.path / "pruned.safetensors"
+
+    @property
     def heatmap(self) -> Path:
         """A picture of it."""
         return self.path / "heatmap.png"
@@ -120,9 +126,9 @@ def open_run(path: Path, recipe: Run, *, resume: bool = False) -> RunDir:
 
 
 def own_flags(model: str) -> dict[str, Any]:
-    """Solver, steps and guidance that a quantized MODEL was made for, as flags of a recipe; of others none."""
+    """Solver, steps and guidance that a quantized or pruned MODEL is for, as flags of a recipe; of others none."""
     run = RunDir(Path(model))
-    if not run.quantized.is_file() or not run.recipe.is_file():
+    if not run.recipe.is_file() or not (run.quantized.is_file() or run.pruned.is_file()):
         return {}
     recipe = resolve_any(run.recipe)
     return {"solver.name": recipe.solver.name, "solver.steps": recipe.solver.steps, "cfg": recipe.cfg}

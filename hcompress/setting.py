@@ -7,7 +7,7 @@ types.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ def _check_grid(model: str, adapter: QuantizedAdapter, asked: str, solver: Mappi
 def setting_of(recipe: Run, *, device: str = "cpu") -> Setting:
     """The setting that a recipe asks for."""
     return open_setting(recipe.model, recipe.solver.name, recipe.solver.steps, recipe.cfg, device=device)
+
+
+def with_adapter(setting: Setting, adapter: Adapter, name: str) -> Setting:
+    """`setting` with another adapter, whose model is called `name`."""
+    identity = adapter.identity(name, setting.identity.solver, setting.cfg)
+    return replace(setting, model=replace(setting.model, name=name, adapter=adapter), identity=identity)
 
 
 def open_finished(run: Path) -> tuple[Setting, Schedule]:

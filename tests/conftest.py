@@ -8,6 +8,7 @@ FLUX stand for joint attention: the same text, and a pooled vector of width 6; a
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -320,3 +321,17 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask = random_mask(CALLS, len(adapter.graph))
     Schedule(mask, adapter.graph.names, setting.identity, {"name": "random"}).save(run.schedule)
     return run.path
+
+
+@pytest.fixture
+def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a verb in this process: (exit code, stdout, stderr)."""
+    from hcompress.cli.main import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capsys.readouterr()
+
+    return run

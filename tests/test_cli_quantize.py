@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from conftest import CALLS, CFG, make_dit, random_mask
 from PIL import Image
 
-from hcompress.cli.main import main
 from hcompress.errors import ModelError, RecipeError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.models.loading import load_model
@@ -21,19 +19,6 @@ from hcompress.quantize import quantize
 from hcompress.recipe import resolve_any, resolve_quant
 from hcompress.schedule import Schedule
 from hcompress.setting import open_setting
-
-
-@pytest.fixture
-def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a verb in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

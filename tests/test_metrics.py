@@ -17,8 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.errors import DataError
-from hcompress.metrics.distances import frechet_distance, kernel_distance, moments
-from hcompress.metrics.fashion import MAX_SAMPLES, MIN_SAMPLES, class_score, fashion_metrics, precision_recall
+from hcompress.metrics.distances import (
+    class_score,
+    frechet_distance,
+    frechet_to,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
+from hcompress.metrics.fashion import MAX_SAMPLES, MIN_SAMPLES, fashion_metrics
 from hcompress.metrics.paired import PSNR_CEILING_DB, psnr_db, relative_l2, ssim
 from hcompress.zoo.fashion import FOLDER as DATA
 from hcompress.zoo.fashion import load_fashion
@@ -117,6 +124,15 @@ def test_kernel_distance_has_no_bias() -> None:
     spread = torch.tensor(drawn).std() / 500**0.5
     assert abs(sum(drawn) / 500) < 4 * spread < 0.1  # four standard errors
     assert kernel_distance(*(torch.randn(2, 20, 8, generator=rng) + torch.tensor([[[0.0]], [[2.0]]]))) > 1
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_the_frechet_distance_of_few_features_is_that_of_their_moments(count) -> None:
+    rng = torch.Generator().manual_seed(count)
+    few, many = (torch.randn(n, 12, generator=rng, dtype=torch.float64) for n in (count, 100))
+    reference = moments(many + 1)
+    # roots of the eigenvalues that are 0 where the covariance is singular: 1e-16 becomes 1e-8
+    assert frechet_to(few, *reference) == pytest.approx(frechet_distance(*moments(few), *reference), abs=1e-6)
 
 
 def test_precision_and_recall_tell_fidelity_from_variety() -> None:

@@ -1,15 +1,17 @@
 """Recipes: what resolves, resolves again to the same; what does not fit is one line that names the key."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcompress.caching import CACHING
-from hcompress.errors import RecipeError
+from hcompress.errors import AbsentModel, RecipeError
 from hcompress.recipe import (
     TARGETS,
+    PruneRecipe,
     QuantRecipe,
     Recipe,
     dump,
@@ -20,13 +22,13 @@ from hcompress.recipe import (
     schema,
     shipped,
 )
-from hcompress.recipe_errors import keys, methods
+from hcompress.recipe_errors import keys, methods, section_of
 
 MODEL = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
 GOALS = ("caching.beta", *TARGETS)  # of HarmoniCa, which is what a recipe is for unless it says another method
 GOAL_OF = {"deepcache": {}, "faster-diffusion": {"caching.every": 2}}  # the others are given a target
 SETTINGS = {
-    method: [key for key in keys(Recipe, method) if key not in ("solver", "caching", "caching.method")]
+    method: [key for key in keys(Recipe, method) if key not in ("solver", "caching", "caching.method", "metrics")]
     for method in methods(Recipe)
 }
 EVERY_SETTING = [(method, key) for method, settings in SETTINGS.items() for key in settings]
@@ -228,11 +230,53 @@ def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
     recipe = resolve_any(file)
     solver = f"{recipe.solver.name}{recipe.solver.steps}"
     model = recipe.model.removeprefix("zoo:").rpartition("/")[2].lower()
-    method = recipe.quant.method if isinstance(recipe, QuantRecipe) else recipe.caching.method
+    method = getattr(recipe, section_of(type(recipe))).method
     assert name.startswith(f"{model}_{solver}_{method}")
     head = file.read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"--recipe {name}" in head
+
+
+def test_the_page_of_recipes_names_every_published_row_and_no_recipe_that_is_not_there():
+    page = (next(iter(shipped().values())).parent / "README.md").read_text()
+    named = set(re.findall(r"`([\w+-]+_[\w+-]+)`", page))
+    published = {name for name, file in shipped().items() if "# Published: " in file.read_text()}
+    assert len(published) > 50 and published <= named <= set(shipped())
+
+
+SETTINGS_OF_SOLVERS = sorted(
+    {(resolve_any(file).solver.name, resolve_any(file).solver.steps) for file in shipped().values()}
+)
+
+
+@pytest.mark.parametrize(("solver", "steps"), SETTINGS_OF_SOLVERS)
+def test_the_solver_of_every_shipped_recipe_is_one_table(solver, steps):
+    """Which takes no model: what the network is makes no difference to how often it is called."""
+    from hcompress.report.forecast import outline
+
+    recipes = [resolve_any(file) for file in shipped().values()]
+    for recipe in (one for one in recipes if (one.solver.name, one.solver.steps) == (solver, steps)):
+        said = outline(recipe, AbsentModel("no hub"))
+        assert f"{steps} steps, {steps} calls" in said["solver"] and said["model"] == recipe.model
+        assert getattr(recipe, section_of(type(recipe))).method in said.values()
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        ("train", "pixart-xl-2-256x256_iddpm100_harmonica"),
+        ("quantize", "dit-xl-2-256_ddim20_ptq4dit"),
+        ("prune", "dit-xl-2-256_ddim20_diff-pruning"),
+    ],
+)
+def test_dry_run_resolves_a_recipe_without_a_hub(hcompress, monkeypatch, tmp_path, verb, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = resolve_any(find(name)).model
+    code, stdout, _ = hcompress(verb, model, "--recipe", name, "--dry-run", "--json", "--out", tmp_path / "run")
+    plan = json.loads(stdout)
+    assert code == 0 and plan["model"] == model and "cannot be fetched from the hub" in plan["left_out"]
+    code, _, stderr = hcompress(verb, model, "--recipe", name, "--out", tmp_path / "run")
+    assert code == 1 and "cannot be fetched from the hub" in stderr
 
 
 def test_the_first_difference_is_named():
@@ -245,8 +289,9 @@ def test_the_first_difference_is_named():
 def test_the_schema_describes_every_setting():
     described = json.loads(schema())
     kinds = [set(described["$defs"][kind["$ref"].rpartition("/")[2]]["properties"]) for kind in described["anyOf"]]
-    assert {frozenset(kind - {"model", "solver", "cfg", "seed"}) for kind in kinds} == {
+    assert {frozenset(kind - {"model", "solver", "cfg", "seed", "metrics"}) for kind in kinds} == {
         frozenset({"caching"}),
         frozenset({"quant"}),
+        frozenset({"prune"}),
     }
-    assert set(Recipe.model_fields) in kinds and set(QuantRecipe.model_fields) in kinds
+    assert all(set(kind.model_fields) in kinds for kind in (Recipe, QuantRecipe, PruneRecipe))

@@ -94,15 +94,9 @@ class LearningToCache:
         x0, classes = self.images.batch(first, batch, flip=self.settings.flip)
         streams = range(TRAINING_STREAMS + first, TRAINING_STREAMS + first + batch)
         noise = torch.from_numpy(gaussian(self.problem.seed, streams, self.adapter.sample_shape)).to(x0.device)
-        if classes is None:
-            condition = self.adapter.random_condition(self.problem.rng(streams[0], DROPOUT), batch)
-            dropped = np.ones(batch, bool)  # an image of an unknown class is one of none
-        else:
-            condition = self.adapter.label_condition(classes)
-            chances = [self.problem.rng(stream, DROPOUT).random() for stream in streams]
-            dropped = np.array(chances) < self.settings.label_dropout
-        null, rows = self.adapter.null_condition(condition), torch.from_numpy(dropped).to(x0.device)
-        kept = {name: torch.where(_like(rows, null[name]), null[name], condition[name]) for name in null}
+        chances = [self.problem.rng(stream, DROPOUT).random() for stream in streams]
+        dropped = np.array(chances) < self.settings.label_dropout
+        kept = self.adapter.image_condition(classes, dropped, self.problem.rng(streams[0], DROPOUT))
         return self.process.noised(call, x0, noise), kept
 
     def state(self) -> dict[str, Any]:
@@ -120,8 +114,3 @@ class LearningToCache:
         shown = self.router.round * len(self.router.learned) * self.ranks.world * self.settings.batch
         counts = {"images_used": min(shown, self.images.count), "images_skipped": len(self.images.broken)}
         return Found(found.compute, {**found.history, **counts}, found.logits)
-
-
-def _like(rows: Tensor, tensor: Tensor) -> Tensor:
-    """bool[B] as [B, 1, ...] of as many axes as `tensor`."""
-    return rows.reshape(-1, *[1] * (tensor.ndim - 1))

@@ -1,65 +1,207 @@
-"""`hcompress eval`: what a schedule costs in quality and saves in arithmetic."""
+"""`hcompress eval`: what a schedule costs in quality and saves in arithmetic, and how good finished pictures are."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from hcompress.report.published import Judge
 
 SHOWN = (
     *("psnr_db", "ssim"),
     *("fd64", "accuracy", "precision", "recall"),
     *("emoji_clip", "retrieval", "fd_efflite0", "kid_efflite0"),
+    *("inception_score", "fid", "sfid", "kid", "inception_precision", "inception_recall", "clip_score"),
     *("cur", "mac_ratio"),
 )
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
-    schedule: Annotated[Path, typer.Option(help="A schedule.safetensors.", show_default=False)],
-    solver: Annotated[str, typer.Option(help="The schedule's solver.")] = "ddim",
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale; the schedule's own if not given.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="zoo:NAME, a folder or a hub id; or pictures: a folder or an npz.", show_default=False)
+    ],
+    schedule: Annotated[Path | None, typer.Option(help="A schedule.safetensors; none: MODEL uncached.")] = None,
+    solver: Annotated[str | None, typer.Option(help="The schedule's solver; ddim if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The schedule's own if not given, else 20.")] = None,
+    cfg: Annotated[
+        float | None, typer.Option(help="Guidance scale; the schedule's own if not given, else 1.5.")
+    ] = None,
     reuse: Annotated[
         str | None, typer.Option(help="Run its mask under another rule: plain, taylor.", show_default="its own")
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many; even shares of the classes.")] = 500,
+    samples: Annotated[
+        int | None, typer.Option(help="How many; even shares of the classes.", show_default="500")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; sample i is the same for every schedule.")] = 0,
+    reference: Annotated[
+        Path | None, typer.Option(help="Real pictures, a folder or npz, or ADM's npz of statistics: FID, sFID, IS, ...")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe or a YAML file: its solver, guidance and metrics.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Cut and scale a folder's pictures to this side.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception's weights as torch-fidelity has them; fetched if not given.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Pictures only: a line of text for each, for CLIP score.")
+    ] = None,
+    clip: Annotated[str, typer.Option(help="The CLIP: a local folder or a hub id.")] = "openai/clip-vit-base-patch16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Compare cached samples with uncached ones from the same noise, and both with real images.
+    """Compare cached samples with uncached ones from the same noise, and both with real images; or judge pictures.
 
     Example: hcompress eval zoo:fashion-dit --schedule runs/first/schedule.safetensors --samples 2000
+    Example: hcompress eval samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     """
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
+    from hcompress.errors import InputError
+    from hcompress.models.loading import is_model
+
+    asked = _asked(recipe) if recipe else {}
+    solver, steps = solver or asked.get("solver"), steps or asked.get("steps")
+    cfg, samples = asked.get("cfg") if cfg is None else cfg, samples or asked.get("samples", 500)
+    reference = reference or asked.get("reference")
+    pictures = Path(model).exists() and not is_model(model)
+    if pictures and (schedule or not (reference or prompts)):
+        raise InputError(
+            f"{model} is no MODEL, so it should hold pictures, which are judged by --reference REAL, --prompts FILE or "
+            "both, and have no schedule; of a run folder pass the MODEL and --schedule"
+        )
+    if prompts and not pictures:
+        raise InputError("--prompts is for finished pictures: generate them, then hcompress eval FOLDER --prompts FILE")
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        judge = _judge(reference, inception, size, device, bars) if reference else None
+        if pictures:
+            return _pictures(Path(model), judge, clip, prompts, size, device, bars, as_json)
+        result = _samples(model, schedule, solver, steps, cfg, reuse, samples, seed, judge, device, bars)
+    if as_json:
+        whole = result.get("cached", {}) | {"uncached": result["uncached"], "num_samples": samples, "seed": seed}
+        print(json.dumps(whole))
+        return
+    columns = [name for name in ("uncached", "cached") if name in result]
+    _print({name: result[name] for name in columns}, f"{model}, {samples} samples, seed {seed}")
+
+
+def _asked(recipe: str) -> dict[str, Any]:
+    """What a recipe says of samples and their metrics."""
+    from hcompress.recipe import MetricsSettings, find, resolve_any
+
+    resolved = resolve_any(find(recipe))
+    metrics = resolved.metrics or MetricsSettings()
+    asked = {"solver": resolved.solver.name, "steps": resolved.solver.steps, "cfg": resolved.cfg}
+    reference = {"reference": Path(metrics.reference)} if metrics.reference else {}
+    return asked | {"samples": metrics.samples} | reference
+
+
+def _samples(
+    model: str,
+    schedule: Path | None,
+    solver: str | None,
+    steps: int | None,
+    cfg: float | None,
+    reuse: str | None,
+    samples: int,
+    seed: int,
+    judge: Judge | None,
+    device: str,
+    bars: Progress,
+) -> dict[str, Any]:
+    """MODEL's samples, uncached and under the schedule."""
     from hcompress.report.quality import evaluate as measure
     from hcompress.report.quality import left_out
+    from hcompress.rundir import own_flags
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
 
-    loaded = Schedule.load(schedule)
-    guidance = cfg if cfg is not None else loaded.identity.cfg or 1.0
-    setting = open_setting(model, solver, int(loaded.identity.solver["steps"]), guidance, device=device)
-    loaded.check_fits(setting.adapter.graph, setting.identity)
-    loaded = loaded.reusing(reuse, setting.adapter.graph)
-    for note in filter(None, (left_out(setting), loaded.fitted_elsewhere(setting.cfg))):
+    loaded, own = Schedule.load(schedule) if schedule else None, own_flags(model)
+    steps = steps or (int(loaded.identity.solver["steps"]) if loaded else own.get("solver.steps", 20))
+    if cfg is None:
+        cfg = loaded.identity.cfg or 1.0 if loaded else own.get("cfg", 1.5)
+    setting = open_setting(model, solver or own.get("solver.name", "ddim"), steps, cfg, device=device)
+    if loaded:
+        loaded.check_fits(setting.adapter.graph, setting.identity)
+        loaded = loaded.reusing(reuse, setting.adapter.graph)
+    for note in filter(None, (left_out(setting), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", "cached")}
-        result = measure(setting, loaded, samples, seed, lambda what, done: bars.update(tasks[what], completed=done))
+    tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
+    return measure(
+        setting,
+        loaded,
+        samples,
+        seed,
+        lambda what, done: bars.update(tasks[what], completed=done),
+        lambda made, what: judge.of_samples(setting, made, what) if judge else {},
+    )
+
+
+def _pictures(
+    pictures: Path,
+    judge: Judge | None,
+    clip: str,
+    prompts: Path | None,
+    size: int | None,
+    device: str,
+    bars: Progress,
+    as_json: bool,
+) -> None:
+    from hcompress.report.published import judge_pictures
+
+    show = _show(bars)
+    figures = judge_pictures(
+        pictures, judge, clip if prompts else None, prompts, size=size, device=device, say=_say(bars), show=show
+    )
+    bars.stop()
     if as_json:
-        print(json.dumps(result["cached"] | {"uncached": result["uncached"], "num_samples": samples, "seed": seed}))
+        print(json.dumps(figures))
         return
-    table = Table("", "uncached", "cached", "real, same number", title=f"{model}, {samples} samples, seed {seed}")
+    left = f", {figures['left_out']} left out" if figures["left_out"] else ""
+    _print({"": figures}, f"{pictures}, {figures['num_samples']} pictures{left}")
+
+
+def _judge(reference: Path, weights: Path | None, size: int | None, device: str, bars: Progress) -> Judge:
+    from hcompress.report.published import Judge
+
+    return Judge(reference, weights, size, device, _say(bars), _show(bars))
+
+
+def _say(bars: Progress) -> Any:
+    return lambda line: bars.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _show(bars: Progress) -> Any:
+    """A bar for each thing that is read."""
+    tasks: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(f"judging {what}", total=total)
+        bars.update(tasks[what], completed=done)
+
+    return show
+
+
+def _print(columns: dict[str, dict[str, Any]], title: str) -> None:
+    """A row a metric; the floor is that of the last column."""
+    from rich.console import Console
+    from rich.table import Table
+
+    last = list(columns.values())[-1]
+    floors = any(f"{name}_floor" in last for name in SHOWN)
+    table = Table("", *columns, *(["real, same number"] if floors else []), title=title)
     for name in SHOWN:
-        if name in result["cached"]:
-            floor = result["cached"].get(f"{name}_floor")
-            before = result["uncached"].get(name)
-            table.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, result["cached"][name], floor)))
+        values = [column.get(name) for column in columns.values()]
+        if any(value is not None for value in values):
+            shown = [*values, *([last.get(f"{name}_floor")] if floors else [])]
+            table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in shown))
     Console().print(table)

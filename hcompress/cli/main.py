@@ -24,6 +24,7 @@ from hcompress.cli.export import export
 from hcompress.cli.generate import generate
 from hcompress.cli.import_ import import_
 from hcompress.cli.inspect import inspect
+from hcompress.cli.prune import prune
 from hcompress.cli.quantize import quantize
 from hcompress.cli.train import train
 from hcompress.cli.verify import verify
@@ -32,6 +33,7 @@ from hcompress.errors import HcompressError, missing
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "quantize": quantize,
+    "prune": prune,
     "export": export,
     "verify": verify,
     "encode": encode,

@@ -59,9 +59,13 @@ def train(
     flags |= {key: value for key, value in own.items() if flags[key] is None}
     resolved = resolve(find(recipe) if recipe else None, flags, sets or [])
     if dry_run:
-        from hcompress.report.forecast import forecast
+        from hcompress.errors import AbsentModel
+        from hcompress.report.forecast import forecast, outline
 
-        plan = forecast(resolved, device)
+        try:
+            plan = forecast(resolved, device)
+        except AbsentModel as absent:
+            plan = outline(resolved, absent)
         print(json.dumps(plan) if as_json else "\n".join(f"{key:22} {value}" for key, value in plan.items()))
         return
     from hcompress.report.progress import TrainingDisplay

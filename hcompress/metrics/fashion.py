@@ -9,14 +9,13 @@ Legend: N samples, 64 features, 10 classes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hcompress.errors import DataError
-from hcompress.metrics.distances import frechet_distance, moments
+from hcompress.metrics.distances import class_score, frechet_distance, moments, precision_recall
 from hcompress.zoo.fashion_classifier import FEATURES, NUM_CLASSES, load_classifier, load_reference
 
 MIN_SAMPLES, MAX_SAMPLES = FEATURES + 1, 5000  # a covariance of full rank; as many as there are held-out real images
@@ -65,31 +64,6 @@ def fashion_metrics(images: Tensor, labels: Tensor) -> FashionMetrics:
         class_score=class_score(logits),
         num_samples=n,
     )
-
-
-def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2) of features [N, D] against [N, D].
-
-    The manifold of a set is the union of the balls around its points that reach to the k-th nearest neighbour.
-    Both values depend on the sizes of both sets: compare at the same N only.
-    """
-    distance = torch.cdist(generated, real, compute_mode="donot_use_mm_for_euclid_dist")  # [generated, real]
-    precision = (distance <= _radii(real, k)).any(dim=1).double().mean()
-    recall = (_radii(generated, k) >= distance.T).any(dim=1).double().mean()
-    return float(precision), float(recall)
-
-
-def class_score(logits: Tensor) -> float:
-    """exp E_x KL(p(y|x) || p(y)) of logits [N, 10], over all N at once. Salimans et al. 2016, with our network."""
-    log_p = logits.double().log_softmax(dim=1)
-    log_marginal = log_p.logsumexp(dim=0) - math.log(len(logits))
-    return float((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp())
-
-
-def _radii(points: Tensor, k: int) -> Tensor:
-    """Distance of each of [N, D] points to its k-th nearest other one, [N]."""
-    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
 
 
 def _check(images: Tensor, labels: Tensor) -> None:

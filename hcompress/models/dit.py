@@ -46,6 +46,10 @@ class DiT(Adapter):
         self.embedders, self.embedder_of_block = _distinct([b.norm1.emb for b in network.transformer_blocks])
         self.graph = _branch_graph(network, self.embedders)
 
+    def recount(self) -> None:
+        """Set `graph` anew."""
+        self.graph = _branch_graph(self.network, self.embedders)
+
     def config(self) -> dict[str, Any]:
         """The configuration that diffusers stores with the network."""
         return dict(self.network.config)
@@ -123,7 +127,7 @@ def _branch_graph(network: DiTTransformer2DModel, embedders: Sequence[nn.Module]
     branches: list[Branch] = []
     for index, block in enumerate(network.transformer_blocks):
         modulation = num_params([block.norm1.linear]) // 6 * 2
-        macs = tokens * linear_macs(block.attn1) + 2 * tokens * tokens * width
+        macs = tokens * linear_macs(block.attn1) + 2 * tokens * tokens * block.attn1.to_q.out_features
         params = modulation + num_params([block.norm1.norm, block.attn1])
         branches.append(Branch(f"{index}.attn", macs, (tokens, width), params))
         params = modulation + num_params([block.norm3, block.ff])

@@ -1,6 +1,6 @@
 """From MODEL on the command line to an adapter.
 
-`zoo:NAME`, `random:NAME`, a local diffusers folder, a hub id, or a run folder of `hcompress quantize`.
+`zoo:NAME`, `random:NAME`, a local diffusers folder, a hub id, or a run folder of `hcompress quantize` or `prune`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from hcompress.adapter import Adapter
-from hcompress.errors import ModelError
-from hcompress.lowbit.artefact import FILE, load_quantized, read_origin
+from hcompress.errors import AbsentModel, ModelError
+from hcompress.lowbit.artefact import FILE as QUANTIZED
+from hcompress.lowbit.artefact import load_quantized, read_origin
 from hcompress.models import LEGACY, MODELS
 from hcompress.models.random import PREFIX, make_random, random_scheduler
+from hcompress.pruned import FILE as PRUNED
+from hcompress.pruned import load_pruned, read_base
 
 ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -35,18 +38,30 @@ class Model:
     scheduler_config: dict[str, Any]
     folder: Path
 
+    @property
+    def zoo(self) -> str | None:
+        """zoo:NAME where that is what the model is or was made from; its data and metrics are then the zoo's."""
+        return f"zoo:{self.folder.name}" if self.folder.parent == ZOO else None
+
 
 def zoo_names() -> list[str]:
     """The models that ship with the package."""
     return sorted(path.parent.name for path in ZOO.glob("*/transformer"))
 
 
+def is_model(name: str) -> bool:
+    """Whether a local file or folder is a MODEL: a pipeline's folder, or a run that left a network."""
+    return any((Path(name) / file).is_file() for file in (QUANTIZED, PRUNED, "transformer/config.json"))
+
+
 def load_model(name: str) -> Model:
     """Load MODEL, its float weights as float32. Raises ModelError where it is absent, broken or without an adapter."""
     import torch
 
-    if (Path(name) / FILE).is_file():
+    if (Path(name) / QUANTIZED).is_file():
         return _load_quantized(name)
+    if (Path(name) / PRUNED).is_file():
+        return _load_pruned(name)
     if name.startswith(PREFIX):
         return Model(name, make_random(name), random_scheduler(name), Path(os.devnull))
     folder = _find(name)
@@ -67,13 +82,24 @@ def load_model(name: str) -> Model:
 
 def _load_quantized(name: str) -> Model:
     """The model that was quantized, with layers in few bits; all but the network is its own."""
-    file = Path(name) / FILE
+    file = Path(name) / QUANTIZED
     origin = read_origin(file)
     try:
         base = load_model(origin.base.model)
     except ModelError as error:
         raise ModelError(f"{name} was quantized from {origin.base.model}, which it needs: {error}") from error
     return replace(base, name=name, adapter=load_quantized(file, base.adapter))
+
+
+def _load_pruned(name: str) -> Model:
+    """The model that was pruned, with the network that is left; all but the network is its own."""
+    file = Path(name) / PRUNED
+    base_name = read_base(file)
+    try:
+        base = load_model(base_name)
+    except ModelError as error:
+        raise ModelError(f"{name} was pruned from {base_name}, which it needs: {error}") from error
+    return replace(base, name=name, adapter=load_pruned(file, base.adapter))
 
 
 def _find(name: str) -> Path:
@@ -104,7 +130,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # HTTP, proxy, offline, disk, a name that the hub does not allow: no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
+        raise AbsentModel(
             f"{name} is no local folder and cannot be fetched from the hub ({reason}); "
             "pass the path of a downloaded diffusers folder instead"
         ) from error

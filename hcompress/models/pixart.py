@@ -60,7 +60,12 @@ class PixArt(Adapter):
         self.guided_channels = config.in_channels
         self.prompts = _prompt_inputs(network, prompts, tokens_of(prompts, tokens))
         self.conditions = self.prompts.conditions
-        self.graph = _branch_graph(network, tokens_of(prompts, tokens))
+        self.tokens = tokens_of(prompts, tokens)
+        self.recount()
+
+    def recount(self) -> None:
+        """Set `graph` anew."""
+        self.graph = _branch_graph(self.network, self.tokens)
 
     def config(self) -> dict[str, Any]:
         """The configuration that diffusers stores with the network."""
@@ -159,7 +164,7 @@ def _branch_graph(network: PixArtTransformer2DModel, text: int) -> BranchGraph:
     tokens = (config.sample_size // patch) ** 2
     branches: list[Branch] = []
     for index, block in enumerate(network.transformer_blocks):
-        macs = tokens * linear_macs(block.attn1) + 2 * tokens * tokens * width
+        macs = tokens * linear_macs(block.attn1) + 2 * tokens * tokens * block.attn1.to_q.out_features
         params = 2 * width + num_params([block.norm1, block.attn1])
         branches.append(Branch(f"{index}.attn", macs, (tokens, width), params))
         cross = block.attn2

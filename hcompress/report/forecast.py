@@ -10,8 +10,10 @@ import numpy as np
 from hcompress.caching import CACHING
 from hcompress.caching.settings import HarmoniCaSettings, LearningToCacheSettings, SmoothCacheSettings
 from hcompress.caching.tune import BATCH
-from hcompress.recipe import Recipe
+from hcompress.errors import AbsentModel
+from hcompress.recipe import Recipe, Run
 from hcompress.setting import Setting, setting_of
+from hcompress.solver import make_scheduler, probe, solver_identity
 from hcompress.train import problem_of
 
 
@@ -54,6 +56,25 @@ def _fits(recipe: Recipe, calls: int) -> dict[str, int]:
         "tune_calls": settings.fit_steps * 4 * calls,  # uncached, cached, that again on the way back, and gradient
         "rows_per_tune_call": BATCH * passes,
     }
+
+
+def outline(recipe: Run, absent: AbsentModel) -> dict[str, Any]:
+    """What can be said of a run while its model is out of reach: that it fits together, and its solver's calls."""
+    config = {"variance_type": "learned_range"} if recipe.solver.name == "iddpm" else {}
+    scheduler = make_scheduler(recipe.solver.name, config)
+    calls = probe(scheduler, recipe.solver.steps).num_calls
+    kind = solver_identity(scheduler, recipe.solver.steps)["class"]
+    told: dict[str, Any] = recipe.model_dump(exclude_none=True)
+    return {
+        "model": recipe.model,
+        "solver": f"{kind}, {recipe.solver.steps} steps, {calls} calls",
+        **{f"{section}.{name}": value for section in told for name, value in _settings(told[section])},
+        "left_out": f"branches, MACs and sizes: {absent}",
+    }
+
+
+def _settings(section: Any) -> list[tuple[str, Any]]:
+    return list(section.items()) if isinstance(section, dict) and "steps" not in section else []
 
 
 def _work(recipe: Recipe, setting: Setting) -> dict[str, Any]:

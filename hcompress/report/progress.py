@@ -96,6 +96,12 @@ class StagesDisplay:
     ) -> None:
         self.bar.stop()
 
+    def count(self, stage: str, total: int, done: int, figures: str) -> None:
+        """`done` of at most `total` steps of a stage."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=total, figures="")
+        self.bar.update(self.tasks[stage], completed=done, figures=figures)
+
     def show(self, stage: str, trajectories: int, progress: Any) -> None:
         """One more trajectory of `stage` is done: figures of a router's training or of a distillation."""
         if stage not in self.tasks:

@@ -76,7 +76,7 @@ def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
     """The offline metrics of the model's data with their floors; empty where there are none, see `left_out`."""
     asked = balanced_labels(setting, len(samples))
     measured: FashionMetrics | EmojiMetrics
-    if setting.model.name.startswith("zoo:fashion"):
+    if (setting.model.zoo or "").startswith("zoo:fashion"):
         measured = fashion_metrics(samples, torch.tensor(asked))
     elif _of_emoji(setting) and isinstance(asked, Mapping) and emoji_clip.installed():
         states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
@@ -106,22 +106,26 @@ def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
 
 def evaluate(
     setting: Setting,
-    schedule: Schedule,
+    schedule: Schedule | None,
     count: int,
     seed: int,
     progress: Callable[[str, int], None] = lambda what, done: None,
+    published: Callable[[Tensor, str], dict[str, float]] = lambda samples, what: {},
 ) -> dict[str, Any]:
-    """One schedule against the uncached model: {"cached": {...}, "uncached": {...}, "num_samples", "seed"}."""
+    """One schedule against the uncached model: {"cached": {...}, "uncached": {...}, "num_samples", "seed"}.
+
+    Without a schedule there is no "cached". published: more metrics of samples [count, C, h, w].
+    """
     reference = generate(setting, count, seed, None, lambda done: progress("uncached", done))
+    everything = np.ones((setting.table.num_calls, len(setting.adapter.graph)), np.bool_)
+    uncached = distribution(setting, reference) | published(reference, "uncached") | cost(setting, everything)
+    result: dict[str, Any] = {"uncached": uncached, "num_samples": count, "seed": seed}
+    if schedule is None:
+        return result
     compute = schedule.compute
     samples = generate(setting, count, seed, compute, lambda done: progress("cached", done), schedule.corrections)
-    everything = np.ones_like(compute)
-    return {
-        "cached": paired(samples, reference) | distribution(setting, samples) | cost(setting, compute),
-        "uncached": distribution(setting, reference) | cost(setting, everything),
-        "num_samples": count,
-        "seed": seed,
-    }
+    cached = distribution(setting, samples) | published(samples, "cached") | cost(setting, compute)
+    return {"cached": paired(samples, reference) | cached} | result
 
 
 def against_float(
@@ -143,6 +147,25 @@ def against_float(
         "quantized": paired(samples, reference)
         | (distribution(dense, samples) if enough else {})
         | {"megabytes": network_bytes(quantized.adapter) / 1e6},
+        "num_samples": count,
+        "seed": seed,
+    }
+
+
+def against_original(
+    original: Setting,
+    changed: Setting,
+    count: int,
+    seed: int,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict[str, Any]:
+    """A pruned model against the one it came from: {"original": {...}, "pruned": {...}, "num_samples", "seed"}."""
+    reference = generate(original, count, seed, None, lambda done: progress("original", done))
+    samples = generate(changed, count, seed, None, lambda done: progress("pruned", done))
+    enough = count >= MIN_SAMPLES
+    return {
+        "original": distribution(original, reference) if enough else {},
+        "pruned": paired(samples, reference) | (distribution(changed, samples) if enough else {}),
         "num_samples": count,
         "seed": seed,
     }
@@ -176,4 +199,4 @@ def with_cache(
 
 
 def _of_emoji(setting: Setting) -> bool:
-    return setting.model.name.startswith("zoo:emoji")
+    return (setting.model.zoo or "").startswith("zoo:emoji")
