@@ -311,8 +311,8 @@ MAKERS: dict[type[Run], Callable[[Bench, Cell, Tell], Made]] = {
 
 @contextmanager
 def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
-    compute = None if schedule is None else schedule.compute
-    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress).cpu()
+    compute, corrections = (schedule.compute, schedule.corrections) if schedule else (None, None)
+    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress, corrections).cpu()
 
 
 @contextmanager
