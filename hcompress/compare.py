@@ -41,9 +41,12 @@ from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_ste
 from hcompress.errors import HcompressError, RunError, ScheduleError, SolverError
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.models.decoder import load_decoder
+from hcompress.prune.finetune import ROUND
+from hcompress.pruning import prune
 from hcompress.quantize import quantize
-from hcompress.recipe import QuantRecipe, Recipe, Run, first_difference
+from hcompress.recipe import PruneRecipe, QuantRecipe, Recipe, Run, first_difference
 from hcompress.report.comparison import write_report
+from hcompress.report.published import Judge
 from hcompress.report.quality import balanced_labels, cost, distribution, generate, left_out, paired
 from hcompress.rundir import RunDir, open_run
 from hcompress.schedule import Schedule
@@ -148,6 +151,7 @@ class Bench:
         self.comparison, self.out, self.watch, self.device = comparison, out, watch, device
         self._settings: dict[str, Setting] = {}
         self._dense: dict[str, Draw] = {}
+        self._judge: Judge | None = None
         self._runners = ExitStack()
 
     def __enter__(self) -> Bench:
@@ -219,6 +223,7 @@ class Bench:
             "speedup": latency_ms.get("dense", latency_ms["ours"]) / latency_ms["ours"],
             "megabytes": network_bytes(setting.adapter) / 1e6,
             **distribution(group, samples),
+            **self._published(group, samples, f"{cell.name} {cell.point}".strip()),
         }
         reference = self._reference(cell)
         if cell.name == UNCACHED:
@@ -234,6 +239,14 @@ class Bench:
         """The uncached samples that `cell` is compared with."""
         file = row_file(self.out, replace(cell, name=UNCACHED, point=""), self.comparison)
         return file.with_name(file.name.replace("row", "samples")).with_suffix(".npy")
+
+    def _published(self, group: Setting, samples: Tensor, what: str) -> dict[str, float]:
+        """FID and its kin, where the comparison names a reference."""
+        if self.comparison.reference is None:
+            return {}
+        if self._judge is None:
+            self._judge = Judge(Path(self.comparison.reference), device=self.device, say=self.watch.notice)
+        return self._judge.of_samples(group, samples, what)
 
     def _dense_runner(self, group: Run) -> Draw:
         name = group_name(group)
@@ -301,18 +314,35 @@ def _quantized(bench: Bench, cell: Cell, tell: Tell) -> Made:
     return Made(made.quantized, made.schedule, training | {"images": 0})
 
 
+def _pruned(bench: Bench, cell: Cell, tell: Tell) -> Made:
+    assert isinstance(cell.recipe, PruneRecipe)
+    made = prune(
+        cell.recipe,
+        bench.out / cell.folder,
+        resume=True,
+        device=bench.device,
+        on_taylor=lambda step, steps, loss: tell("importance", step, steps),
+        on_progress=lambda stage, rounds, progress: tell(stage, progress.round, rounds),
+        on_broken=bench.watch.notice,
+    )
+    run = RunDir(bench.out / cell.folder)
+    shown = next((record["images"] for record in run.records() if record.get("stage") == "pruned"), 0)
+    return Made(made.pruned, training=_training(run, ROUND) | {"images": shown})
+
+
 # How each kind of recipe becomes a model to measure.
 MAKERS: dict[type[Run], Callable[[Bench, Cell, Tell], Made]] = {
     Run: _as_it_is,
     Recipe: _cached,
     QuantRecipe: _quantized,
+    PruneRecipe: _pruned,
 }
 
 
 @contextmanager
 def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
-    compute = None if schedule is None else schedule.compute
-    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress).cpu()
+    compute, corrections = (None, None) if schedule is None else (schedule.compute, schedule.corrections)
+    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress, corrections).cpu()
 
 
 @contextmanager

@@ -43,6 +43,7 @@ NAMES = {  # of methods, as their authors write them; all others go by their own
     "faster-diffusion": "Faster Diffusion",
     "efficientdm": "EfficientDM",
     "ptq4dit": "PTQ4DiT",
+    "diff-pruning": "Diff-Pruning",
 }
 UNCACHED, FEWER_STEPS, BUDGET = "uncached", "fewer steps", "caching.target_cur"
 POINTS = {  # goals of a recipe, as a table says them
@@ -86,6 +87,7 @@ class Comparison(BaseModel):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="of training and of noise")
     samples: int = Field(500, ge=1, description="to measure with, a cell; even shares of the classes")
     fewer_steps: bool = Field(True, description="rows of the uncached model with as many steps as a budget pays for")
+    reference: str | None = Field(None, description="real pictures or their statistics, for FID and its kin")
     runner: Literal["torch", "onnxruntime"] = Field("torch", description="what samples and is timed")
     batch: int = Field(8, ge=1, description="samples at once when it is timed")
     rounds: int = Field(5, ge=1, description="how often it is timed; the median is taken")
@@ -237,9 +239,11 @@ def _section(recipe: Run) -> Any:
 
 
 def _name_of(recipe: Run) -> str:
-    """What its rows are called: its method and, where it is in few bits, the format."""
+    """What its rows are called: its method, the format if in few bits, and what reuse yields if not the slot."""
     section = _section(recipe)
-    return " ".join([NAMES.get(section.method, section.method), getattr(section, "resolved_format", "")]).strip()
+    reuse = getattr(section, "reuse", "plain")
+    parts = [NAMES.get(section.method, section.method), getattr(section, "resolved_format", "")]
+    return " ".join(filter(None, [*parts, "" if reuse == "plain" else reuse]))
 
 
 def _points(comparison: Comparison, entry: Entry, base: Run) -> list[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,7 @@ def compare(
     budgets: Annotated[str | None, typer.Option(help="Target CURs, such as 0.2,0.3,0.4.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To measure with, a row and seed.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Real pictures or their statistics: adds FID, IS, ...")] = None,
     runner: Annotated[str | None, typer.Option(help="What samples and is timed: torch or onnxruntime.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which cells there are, and run nothing.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -38,6 +39,7 @@ def compare(
         "budgets": numbers("--budgets", budgets, float),
         "seeds": numbers("--seeds", seeds, int),
         "samples": samples,
+        "reference": reference,
         "runner": runner,
     }
     comparison = load_comparison(recipes, flags)
