@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_table, random_mask
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load, save
@@ -52,6 +52,7 @@ def test_c_and_p_are_the_last_two_computed_values(calls: int, branches: int, see
     assert (history(compute) == (~compute & (older >= 0))).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99))
 def test_a_route_yields_the_rule_on_computed_values(seed: int) -> None:
     """By hand: lists of everything computed so far, and the formula. Exact but for the order of three additions."""
@@ -100,6 +101,7 @@ def test_taylor_continues_a_straight_line_and_falls_back_where_one_value_is_know
     assert corrections.fallbacks(compute) == 1
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99))
 def test_a_saved_schedule_keeps_its_corrections_and_its_fingerprint(tmp_path_factory, seed: int) -> None:
     compute, path = random_mask(5, 4, seed=seed), tmp_path_factory.mktemp("saved") / "s.safetensors"

@@ -14,7 +14,7 @@ from hcompress.corrections import Reuse
 Positive = Annotated[float, Field(gt=0)]
 Target = Annotated[float | None, Field(gt=0, lt=1)]
 Convention = Literal["alternate", "countdown"]
-LEAST_SAMPLES = 8  # that corrections can be fitted on; fewer generalise worse than no fit (recipes/LOG.md)
+LEAST_SAMPLES = 8  # that corrections may be fitted on: three unknowns a channel, and tokens of an image are alike
 
 
 class MethodSettings(BaseModel):

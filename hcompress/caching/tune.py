@@ -1,8 +1,8 @@
 """Tuning corrections: gradient descent on the error of the finished image.
 
 Least squares (hcompress.caching.correct) makes each branch's error small, one call at a time. The image's error is what
-all calls add up to, and the network answers on the way: between full calls that are three or more apart, Taylor's rule
-is worse at every branch and better at the image (recipes/LOG.md). So what counts is descended on itself,
+all calls add up to, and the network answers on the way: on zoo:fashion-dit, every third call computed, it has smaller
+errors than Taylor's rule at nearly every call and images that are 2 dB worse. So what counts is descended on itself,
 
     L = mean over samples of log mean (x_cached - x_dense)^2          a PSNR but for its factor
 
