@@ -1,7 +1,7 @@
 """What a reused branch should yield: quality against MACs under plain, Taylor and corrected reuse.
 
     python benchmarks/corrected.py zoo:fashion-dit                                  # 3 seeds, T = 10, 20 and 50: a day
-    python benchmarks/corrected.py zoo:fashion-dit --steps 20 --seeds 0 --samples 64 --no-learned     # minutes
+    python benchmarks/corrected.py zoo:fashion-dit --steps 20 --rows 'interval-*' 'fewer-*'          # minutes
 
 Every row is one file under --work, so an interrupted run goes on where it stopped. Seed s trains and fits with seed s
 and is scored on the noise of seed 100 + s, which no fit sees. A setting is that of the model's shipped 20-step recipe.
@@ -19,6 +19,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,11 @@ def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] 
         return resolve(None, flags, sets)
     flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps, "caching.reuse": rule}
     return resolve(find(base), flags, sets)
+
+
+def wanted(kind: str, patterns: Sequence[str]) -> bool:
+    """Whether a row was asked for."""
+    return any(fnmatchcase(kind, pattern) for pattern in patterns)
 
 
 def folder_of(work: Path, model: str, steps: int) -> Path:
@@ -195,16 +201,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--curs", type=int, nargs="*", default=[30, 40, 50, 60, 70], help="of learned rows, in percent")
-    parser.add_argument("--no-learned", action="store_true")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="only these beside the uncached, such as 'interval-*'")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="of every recipe: caching.fit_steps=20")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/corrected"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     made = [f"interval-{rule}-{every}" for rule in RULES for every in INTERVALS]
-    made += [f"learned-{rule}-{cur}" for rule in ("plain", "corrected") for cur in args.curs if not args.no_learned]
+    made += [f"learned-{rule}-{cur}" for rule in ("plain", "corrected") for cur in args.curs]
+    made = [kind for kind in made if wanted(kind, args.rows)]
     each = [(model, steps) for model in args.models for steps in args.steps]
-    drawn = {at: ["dense", *made, *dict.fromkeys(f"fewer-{round(at[1] / saved)}" for saved in SAVED)] for at in each}
+    fewer = {steps: dict.fromkeys(f"fewer-{round(steps / saved)}" for saved in SAVED) for steps in args.steps}
+    drawn = {at: ["dense", *made, *(kind for kind in fewer[at[1]] if wanted(kind, args.rows))] for at in each}
     stages: list[list[Callable[[], None]]] = [[], []]
     for model, steps in each:
         folder_of(args.work, model, steps).mkdir(parents=True, exist_ok=True)
