@@ -26,6 +26,7 @@ from hcompress.prune.settings import PruneSettings
 from hcompress.prune.taylor import _speedup, importance, most_important, ratios_for, uniform
 from hcompress.pruned import Widths, load_pruned, narrowed, read_base, save_pruned
 from hcompress.recipe import resolve_prune
+from hcompress.rundir import RunDir
 from hcompress.setting import open_setting
 from hcompress.solver import make_scheduler, probe
 
@@ -282,7 +283,11 @@ def test_a_killed_run_goes_on_to_the_same_model(hcompress: Any, common: tuple[An
         (killed / file).unlink()
     assert hcompress("prune", *common, "--out", killed, "--resume")[0] == 0  # of one without a checkpoint, everything
     assert (killed / "pruned.safetensors").read_bytes() == (whole / "pruned.safetensors").read_bytes()
-    assert (killed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    told = [
+        [{name: record.get(name) for name in ("stage", "round", "loss")} for record in RunDir(run).records()]
+        for run in (killed, whole)
+    ]
+    assert told[0] == told[1]  # what it took besides, in seconds and bytes, is never the same twice
 
 
 def test_dry_run_says_what_stays_and_writes_nothing(hcompress: Any, common: tuple[Any, ...], tmp_path: Path) -> None:
