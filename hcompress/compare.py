@@ -173,16 +173,8 @@ class Bench:
 
     def finish(self, cell: Cell) -> None:
         """Make, sample and measure `cell`, unless that is done. Raises RunError where another recipe made it."""
-        file = row_file(self.out, cell, self.comparison)
-        if file.exists() and (cell.name != UNCACHED or self._reference(cell).exists()):
-            row = json.loads(file.read_text())
-            try:
-                made_by = type(cell.recipe).model_validate(row["recipe"])
-            except ValidationError as error:
-                raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
-            if difference := first_difference(made_by, cell.recipe):
-                raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
-        else:
+        row = self._kept(cell)
+        if row is None:
             row = {
                 "group": group_name(cell.group),
                 "name": cell.name,
@@ -190,10 +182,25 @@ class Bench:
                 "seed": cell.seed,
                 "budget": cell.budget,
                 "recipe": cell.recipe.model_dump(exclude_none=True),
+                "reference": self.comparison.reference,
                 **self._outcome(cell),
             }
-            write_atomically(file, json.dumps(row, indent=1).encode())
+            write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
         self.watch.finished(cell, row)
+
+    def _kept(self, cell: Cell) -> dict[str, Any] | None:
+        """The finished row; None where there is none, or none with all that is asked for by now."""
+        file = row_file(self.out, cell, self.comparison)
+        if not file.exists() or (cell.name == UNCACHED and not self._reference(cell).exists()):
+            return None
+        row: dict[str, Any] = json.loads(file.read_text())
+        try:
+            made_by = type(cell.recipe).model_validate(row["recipe"])
+        except ValidationError as error:
+            raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
+        if difference := first_difference(made_by, cell.recipe):
+            raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
+        return row if self.comparison.reference in (None, row.get("reference")) else None
 
     def _outcome(self, cell: Cell) -> dict[str, Any]:
         """Its figures and what it took, or why there is no such schedule."""
