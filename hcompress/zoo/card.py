@@ -12,7 +12,8 @@ from pathlib import Path
 from hcompress.report.quality import distribution, generate
 from hcompress.setting import open_setting
 from hcompress.zoo.fashion import CLASSES
-from hcompress.zoo.training import BATCH, EMA_DECAY, LABEL_DROPOUT, LEARNING_RATE, averaged
+from hcompress.zoo.fashion_training import BATCH, LABEL_DROPOUT, LEARNING_RATE
+from hcompress.zoo.training import EMA_DECAY, averaged
 
 KINDS = {  # what it is, its network, a remark on the parameters, the solver
     "fashion-dit": (

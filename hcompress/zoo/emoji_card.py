@@ -16,13 +16,13 @@ from hcompress.zoo.emoji import load_emoji
 from hcompress.zoo.train_emoji_pixart import (
     BATCH,
     CAPTION_DROPOUT,
-    EMA_DECAY,
     FOLDER,
     LEARNING_RATE,
     PROMPTS,
     STORED,
     TOKENS,
 )
+from hcompress.zoo.training import EMA_DECAY
 
 SOLVER, STEPS, CFG, SAMPLES, SEED, SHOWN, COLUMNS = "dpm++", 20, 3.0, 256, 0, 64, 8
 

@@ -7,18 +7,14 @@
 Predicts the velocity (Salimans and Ho 2022, appendix D) under the cosine schedule (Nichol and Dhariwal 2021, eq. 17),
 which leaves small pictures legible for longer than the linear one. One caption in ten is replaced by the empty one
 (Ho and Salimans 2022). MiniLM reads the captions once, into the run folder. One concept in ten is never shown.
-The learning rate is constant and falls linearly to zero at the end of each of CYCLES; to prolong the training, add a
-cycle. `--store` takes the averaged weights of the last cycle that ended, or else of the last checkpoint, also while
-another process is training. Cost: 0.5 s a step on one CPU core that is free.
+The loop is that of hcompress/zoo/training.py. `--store` takes the averaged weights of the last cycle that ended, or
+else of the last checkpoint, also while another process is training. Cost: 0.5 s a step on one CPU core that is free.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +31,15 @@ from hcompress.errors import DataError
 from hcompress.text_encoder import TextEncoder, encode
 from hcompress.zoo import data_folder
 from hcompress.zoo.emoji import SIZE, Emoji, load_emoji
+from hcompress.zoo.training import Loss, Network, averaged, train
 from hcompress_runtime.files import write_atomically
 
 TOKENS, NUM_TRAIN_TIMESTEPS = 20, 1000  # the longest caption has 17
 CYCLES = ((2500, 700), (5500, 2000), (12000, 3000))  # (last step, length of the cool-down before it)
-BATCH, LEARNING_RATE, WARMUP_STEPS, EMA_DECAY, CAPTION_DROPOUT = 64, 6e-4, 200, 0.999, 0.1
+BATCH, LEARNING_RATE, CAPTION_DROPOUT = 64, 6e-4, 0.1
 PROMPTS = 128  # of the model's own; every fourth is of a held-out concept
 FOLDER = Path(__file__).parent / "emoji-pixart"
-CHECKPOINT, FINISHED, STORED = "checkpoint.pt", "finished.pt", "stored.json"  # files of a run
+STORED = "stored.json"  # a file of a run
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
@@ -79,12 +76,6 @@ def build() -> PixArtTransformer2DModel:
     return model.eval()  # no dropout of diffusers' own: captions are dropped here
 
 
-def learning_rate(step: int) -> float:
-    """Linear warm-up, constant, linear to zero over the cool-down of each cycle."""
-    end, cooldown = next(cycle for cycle in CYCLES if step < cycle[0])
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, (end - step) / cooldown)
-
-
 def caption_states(run: Path, captions: list[str]) -> dict[str, Tensor]:
     """The tensors of a prompts file for `captions`; embeddings as fp16. Kept in `run`."""
     path = run / "captions.safetensors"
@@ -97,34 +88,15 @@ def caption_states(run: Path, captions: list[str]) -> dict[str, Tensor]:
     return states
 
 
-def train(run: Path, seed: int) -> None:
-    """Train to the end of the last cycle, from the last checkpoint in `run` where there is one."""
-    steps = CYCLES[-1][0]
-    run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+def loss_of_velocity(run: Path) -> Loss:
+    """Mean squared error of the predicted velocity on random captioned emoji; what MiniLM made of them is in `run`."""
     emoji = load_emoji()
     text = caption_states(run, emoji.captions)
     shown = torch.from_numpy(np.flatnonzero(~emoji.held_out))
     images = torch.from_numpy(emoji.images).permute(0, 3, 1, 2).contiguous()
     alpha_bar = scheduler().alphas_cumprod
-    model = build()
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    rng = torch.Generator().manual_seed(seed)
-    start, checkpoint = 0, run / CHECKPOINT
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        rng.set_state(state["rng"])
-        start = state["step"]
-    model.set_attn_processor(AttnProcessor())  # plain products: the CPU's fused attention is 8 times slower backwards
-    forward = torch.compile(model)
-    started, losses = time.monotonic(), []
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+
+    def loss(forward: Network, rng: torch.Generator) -> Tensor:
         index = shown[torch.randint(len(shown), (BATCH,), generator=rng)]
         x0 = images[index].float() / 127.5 - 1
         dropped = torch.rand(BATCH, generator=rng) < CAPTION_DROPOUT
@@ -141,31 +113,16 @@ def train(run: Path, seed: int) -> None:
                 encoder_attention_mask=mask,
                 added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             ).sample
-        loss = functional.mse_loss(predicted.float(), a.sqrt() * eps - (1 - a).sqrt() * x0)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for average, live in zip(ema.parameters(), model.parameters(), strict=True):
-                average.lerp_(live, 1 - decay)
-        losses.append(loss.item())
-        done = step + 1
-        if done % 50 == 0 or done == steps:
-            seconds = (time.monotonic() - started) / (done - start)
-            record = {"step": done, "loss": sum(losses) / len(losses), "seconds_per_step": round(seconds, 3)}
-            losses.clear()
-            with (run / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
-            print(f"step {done}/{steps}  loss {record['loss']:.4f}  {seconds:.2f} s a step", flush=True)
-        ended = any(done == end for end, _ in CYCLES)
-        if done % 250 == 0 or ended:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"rng": rng.get_state(), "step": done}
-            write_atomically(checkpoint, partial(torch.save, state))
-        if ended:
-            write_atomically(run / FINISHED, partial(torch.save, {"ema": ema.state_dict(), "step": done}))
+        return functional.mse_loss(predicted.float(), a.sqrt() * eps - (1 - a).sqrt() * x0)
+
+    return loss
+
+
+def trainable() -> PixArtTransformer2DModel:
+    """`build`, with plain products for attention: the CPU's fused attention is 8 times slower backwards."""
+    model = build()
+    model.set_attn_processor(AttnProcessor())
+    return model
 
 
 def own_prompts(emoji: Emoji) -> list[int]:
@@ -185,20 +142,17 @@ def store(run: Path, folder: Path) -> None:
     emoji = load_emoji()
     text = load_file(run / "captions.safetensors")
     chosen = own_prompts(emoji)
-    trained = run / (FINISHED if (run / FINISHED).exists() else CHECKPOINT)
-    if not trained.exists():
-        raise DataError(f"no {trained}; train first, checkpoints come every 250 steps")
-    state = torch.load(trained, weights_only=True)
+    weights, step = averaged(run)
     model = build()
-    model.load_state_dict(state["ema"])
+    model.load_state_dict(weights)
     model.half().save_pretrained(folder / "transformer", safe_serialization=True)
     scheduler().save_pretrained(folder / "scheduler")
     prompts = {name: array[chosen] if name.startswith("prompt") else array for name, array in text.items()}
     write_atomically(folder / "prompts.safetensors", save(prompts))
     lines = [emoji.captions[i] + (" (held out)" if emoji.held_out[i] else "") for i in chosen]
     write_atomically(folder / "prompts.txt", "".join(f"{line}\n" for line in lines).encode())
-    write_atomically(run / STORED, json.dumps({"step": state["step"]}).encode())
-    print(f"stored step {state['step']}")
+    write_atomically(run / STORED, json.dumps({"step": step}).encode())
+    print(f"stored step {step}")
 
 
 def _half(array: NDArray[Any]) -> NDArray[Any]:
@@ -216,7 +170,7 @@ def main() -> None:
     if args.store:
         store(args.run, FOLDER)
     else:
-        train(args.run, args.seed)
+        train(trainable, loss_of_velocity(args.run), CYCLES, LEARNING_RATE, args.run, args.seed)
 
 
 if __name__ == "__main__":

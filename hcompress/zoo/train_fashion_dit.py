@@ -3,7 +3,7 @@
     python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit            # train or resume
     python -m hcompress.zoo.train_fashion_dit --run runs/fashion-dit --store    # write hcompress/zoo/fashion-dit
 
-Cost: about 0.9 s a step on one CPU core, 0.5 s on two. What is learned, and how: hcompress/zoo/training.py. One
+Cost: about 0.9 s a step on one CPU core, 0.5 s on two. What is learned, and how: hcompress/zoo/fashion_training.py. One
 embedder serves all blocks (as in the original DiT); storing copies it into each, which is diffusers' layout.
 """
 
@@ -14,7 +14,7 @@ import copy
 import torch
 from diffusers import DiTTransformer2DModel
 
-from hcompress.zoo.training import NULL_CLASS, main
+from hcompress.zoo.fashion_training import NULL_CLASS, main
 
 CYCLES = ((4300, 1500), (8500, 2000))  # (last step, length of the cool-down before it)
 

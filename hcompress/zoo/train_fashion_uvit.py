@@ -3,7 +3,7 @@
     python -m hcompress.zoo.train_fashion_uvit --run runs/fashion-uvit            # train or resume
     python -m hcompress.zoo.train_fashion_uvit --run runs/fashion-uvit --store    # write hcompress/zoo/fashion-uvit
 
-Cost: about 0.8 s a step on one CPU core. What is learned and how is told in hcompress/zoo/training.py.
+Cost: about 0.8 s a step on one CPU core. What is learned and how is told in hcompress/zoo/fashion_training.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from hcompress.models.uvit_network import UViT2DModel
-from hcompress.zoo.training import NULL_CLASS, main
+from hcompress.zoo.fashion_training import NULL_CLASS, main
 
 CYCLES = ((3000, 1000), (6000, 1500), (9000, 2000))  # (last step, length of the cool-down before it)
 
