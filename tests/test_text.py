@@ -14,6 +14,7 @@ from conftest import make_dit, make_pixart
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5EncoderModel
+from transformers.utils import logging
 
 from hcompress.cli.main import main
 from hcompress.errors import InputError
@@ -26,6 +27,7 @@ WIDTH = 10  # of conftest's PixArt, which reads 5 tokens
 
 def save_encoder(folder: Path, tokenizer: Path | None = None, *, width: int = WIDTH, t5: bool = False) -> Path:
     """A random encoder in `folder`, its tokenizer beside it unless `tokenizer` says where."""
+    logging.disable_progress_bar()  # tests read what the command prints
     torch.manual_seed(0)
     if t5:
         small = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
@@ -99,7 +101,7 @@ def test_from_text_to_a_picture(hcompress: Any, model: Path, tmp_path: Path) -> 
     assert hcompress("generate", model, *flags, tmp_path / "model.png")[0] == 0
 
     bundle = tmp_path / "bundle"
-    assert hcompress("export", model, "--solver", "dpm++", "--steps", 2, "--out", bundle)[0] == 0
+    assert hcompress("export", model, "--dense", "--solver", "dpm++", "--steps", 2, "--out", bundle)[0] == 0
     moved = model.rename(tmp_path / "moved")
     named = ("--encoder", moved, "--out", tmp_path / "bundle.safetensors")
     assert hcompress("encode", bundle, "red apple", "sad robot", *named)[0] == 0
