@@ -42,7 +42,8 @@ def main() -> None:
         shutil.rmtree(out)
     for format in args.formats:
         found[format]["ratio"] = found[format]["bytes"] / found["float32"]["bytes"]
-    result = {"date": str(date.today()), "environment": environment(), "settings": vars(args), "bundles": found}
+    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
+    result = {"date": str(date.today()), "environment": environment(), "settings": settings, "bundles": found}
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "int8_size.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     for format, row in found.items():

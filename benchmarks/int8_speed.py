@@ -120,7 +120,8 @@ def main() -> None:
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
     products = {name: ran[name] for name in (*OF_INTEGERS, *OF_FLOATS) if ran[name]}
-    result = {"date": str(date.today()), "environment": environment(), "settings": vars(args), **figures}
+    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
+    result = {"date": str(date.today()), "environment": environment(), "settings": settings, **figures}
     result |= {"mac_ratio": found["W8A8, cached"].mac_ratio, "products": products, "first_call_ms": spent_ms}
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "int8_speed.json").write_text(json.dumps(result, indent=1, default=str) + "\n")

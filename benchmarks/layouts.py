@@ -109,7 +109,8 @@ def main() -> None:
             print(table(cur, found[cur]), flush=True)
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
-    result = {"date": str(date.today()), "environment": environment(), "settings": vars(args), "cur": found}
+    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
+    result = {"date": str(date.today()), "environment": environment(), "settings": settings, "cur": found}
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "layouts.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     (args.results / "layouts.md").write_text("\n".join(table(cur, rows) for cur, rows in found.items()))
