@@ -20,13 +20,12 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -36,36 +35,27 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from hcompress.caching.problem import Method, OneProcess
 from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, in_order, row_file
-from hcompress.errors import HcompressError, RunError, ScheduleError, SolverError
+from hcompress.errors import HcompressError, RunError
 from hcompress.lowbit.artefact import network_bytes
+from hcompress.makers import MAKERS, Impossible, Made, Tell
 from hcompress.models.decoder import load_decoder
-from hcompress.prune.finetune import ROUND
-from hcompress.pruning import prune
-from hcompress.quantize import quantize
-from hcompress.recipe import PruneRecipe, QuantRecipe, Recipe, Run, first_difference
+from hcompress.recipe import Run, first_difference
 from hcompress.report.comparison import write_report
 from hcompress.report.published import Judge
-from hcompress.report.quality import balanced_labels, cost, distribution, generate, left_out, paired
-from hcompress.rundir import RunDir, open_run
+from hcompress.report.quality import cost, distribution, left_out, paired
+from hcompress.runners import RUNNERS, Draw
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of, under_solver
-from hcompress.train import Launched, launched_ranks, train
+from hcompress.train import Launched, launched_ranks
 from hcompress_runtime.files import write_atomically
 from hcompress_runtime.images import COLUMNS, png
 from hcompress_runtime.measure import interleaved
 
 NOISE = 100  # seed s is measured on the noise of NOISE + s
 PICTURE = "samples.png"  # one row of a grid
-BATCH = 32  # samples at once
 PATIENCE = timedelta(days=30)  # with the slowest process
 COMPARISON = "comparison.yaml"
-
-Draw = Callable[[int, int, Callable[[int], None]], Tensor]
-"""(count, seed, progress) -> samples [count, C, H, W] of balanced labels, on the CPU."""
-Tell = Callable[[str, int, int], None]
-"""(what is being done, how much of it is, how much there is)"""
 
 
 class Watch(Protocol):
@@ -82,18 +72,6 @@ class Watch(Protocol):
 
     def notice(self, line: str) -> None:
         """Something else that a person should know."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a recipe came to: a model under a solver, perhaps with a schedule, and what that took.
-
-    training: rounds, updates, seconds, images and peak_memory_bytes, as far as they are known
-    """
-
-    setting: Setting
-    schedule: Schedule | None = None
-    training: dict[str, float] = field(default_factory=dict)
 
 
 def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "cpu") -> dict[str, Any]:
@@ -139,10 +117,6 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
     return report if ranks.rank == 0 else {}
 
 
-class Impossible(Exception):
-    """There is no such row: a rule without a schedule near its budget, or a solver that does not go with the model."""
-
-
 @final
 class Bench:
     """What the cells of a comparison share: opened models and, for timing, their uncached runners."""
@@ -153,6 +127,10 @@ class Bench:
         self._dense: dict[str, Draw] = {}
         self._judge: Judge | None = None
         self._runners = ExitStack()
+
+    def notice(self, line: str) -> None:
+        """Something that a person should know."""
+        self.watch.notice(line)
 
     def __enter__(self) -> Bench:
         return self
@@ -252,7 +230,7 @@ class Bench:
         if self.comparison.reference is None:
             return {}
         if self._judge is None:
-            self._judge = Judge(Path(self.comparison.reference), device=self.device, say=self.watch.notice)
+            self._judge = Judge(Path(self.comparison.reference), device=self.device, say=self.notice)
         return self._judge.of_samples(group, samples, what)
 
     def _dense_runner(self, group: Run) -> Draw:
@@ -261,141 +239,6 @@ class Bench:
             runner = RUNNERS[self.comparison.runner](self.setting(group), None, self.out)
             self._dense[name] = self._runners.enter_context(runner)
         return self._dense[name]
-
-
-def _as_it_is(bench: Bench, cell: Cell, tell: Tell) -> Made:
-    try:
-        return Made(bench.setting(cell.recipe))
-    except SolverError as error:
-        raise Impossible(error) from error
-
-
-def _cached(bench: Bench, cell: Cell, tell: Tell) -> Made:
-    recipe, total = cell.recipe, 0
-    assert isinstance(recipe, Recipe)
-
-    def on_start(setting: Setting, method: Method) -> None:
-        nonlocal total
-        total = method.rounds
-        tell("training", method.done, total)
-
-    setting, run = bench.setting(cell.group), open_run(bench.out / cell.folder, recipe, resume=True)
-    if run.schedule.exists():
-        schedule = Schedule.load(run.schedule)
-    else:
-        try:
-            schedule = train(
-                recipe,
-                run.path,
-                resume=True,
-                device=bench.device,
-                ranks=OneProcess(),
-                on_start=on_start,
-                on_progress=lambda progress: tell("training", progress.round, total),
-                on_notice=bench.watch.notice,
-            )
-        except ScheduleError as error:
-            raise Impossible(error) from error
-    learns = recipe.caching.reusing_steps(setting.table.num_calls)[0]
-    return Made(setting, schedule, _training(run, learns) | {"images": schedule.method.get("images_used", 0)})
-
-
-def _quantized(bench: Bench, cell: Cell, tell: Tell) -> Made:
-    calls = 0
-
-    def on_start(setting: Setting, num_calls: int) -> None:
-        nonlocal calls
-        calls = num_calls
-
-    assert isinstance(cell.recipe, QuantRecipe)
-    made = quantize(
-        cell.recipe,
-        bench.out / cell.folder,
-        resume=True,
-        device=bench.device,
-        on_start=on_start,
-        on_call=lambda done: tell("calibrating", done, calls),
-        on_progress=lambda stage, trajectories, progress: tell(stage, progress.round, trajectories),
-    )
-    training = _training(RunDir(bench.out / cell.folder), made.dense.table.num_calls)
-    return Made(made.quantized, made.schedule, training | {"images": 0})
-
-
-def _pruned(bench: Bench, cell: Cell, tell: Tell) -> Made:
-    assert isinstance(cell.recipe, PruneRecipe)
-    made = prune(
-        cell.recipe,
-        bench.out / cell.folder,
-        resume=True,
-        device=bench.device,
-        on_taylor=lambda step, steps, loss: tell("importance", step, steps),
-        on_progress=lambda stage, rounds, progress: tell(stage, progress.round, rounds),
-        on_broken=bench.watch.notice,
-    )
-    run = RunDir(bench.out / cell.folder)
-    shown = next((record["images"] for record in run.records() if record.get("stage") == "pruned"), 0)
-    return Made(made.pruned, training=_training(run, ROUND) | {"images": shown})
-
-
-# How each kind of recipe becomes a model to measure.
-MAKERS: dict[type[Run], Callable[[Bench, Cell, Tell], Made]] = {
-    Run: _as_it_is,
-    Recipe: _cached,
-    QuantRecipe: _quantized,
-    PruneRecipe: _pruned,
-}
-
-
-@contextmanager
-def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
-    compute, corrections = (None, None) if schedule is None else (schedule.compute, schedule.corrections)
-    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress, corrections).cpu()
-
-
-@contextmanager
-def _on_onnxruntime(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
-    """As it is deployed; the bundle is gone afterwards."""
-    from hcompress_export.bundle import export_bundle
-    from hcompress_runtime import Runtime
-
-    calls, provider = setting.table.num_calls, setting.adapter.device.type
-    with TemporaryDirectory(dir=folder) as scratch:
-        bundle = Path(scratch) / "bundle"
-        export_bundle(setting.adapter, setting.table, setting.identity, bundle, cfg=setting.cfg, schedule=schedule)
-        with Runtime(bundle, provider, torch.get_num_threads()) as runtime:
-
-            def draw(count: int, seed: int, progress: Callable[[int], None]) -> Tensor:
-                done = 0
-
-                def on_step(call: int, x: NDArray[np.float32]) -> None:
-                    nonlocal done
-                    done += len(x) if call == calls else 0
-                    progress(min(done, count))
-
-                given = balanced_labels(setting, count)
-                return torch.from_numpy(runtime.generate(given, seed, batch=BATCH, on_step=on_step))
-
-            yield draw
-
-
-RUNNERS: dict[str, Callable[[Setting, Schedule | None, Path], AbstractContextManager[Draw]]] = {
-    "torch": _on_torch,
-    "onnxruntime": _on_onnxruntime,
-}
-
-
-def _training(run: RunDir, updates_per_round: int) -> dict[str, float]:
-    """What the records of a run say that it took; nothing where they do not say."""
-    records = [record for record in run.records() if "seconds" in record]
-    if not records:
-        return {}
-    rounds = sum("round" in record for record in records)
-    return {
-        "rounds": rounds,
-        "updates": rounds * updates_per_round,
-        "seconds": sum(record["seconds"] for record in records),
-        "peak_memory_bytes": max(record.get("peak_memory_bytes", 0) for record in records),
-    }
 
 
 def _mask(setting: Setting, schedule: Schedule | None = None) -> NDArray[np.bool_]:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from hcompress.compare import MAKERS, RUNNERS, compare
+from hcompress.compare import compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison
 from hcompress.errors import ModelError, RunError
+from hcompress.makers import MAKERS
 from hcompress.recipe import Run
 from hcompress.report.comparison import best_rows
 from hcompress.report.comparison_progress import ComparisonDisplay
+from hcompress.runners import RUNNERS
 from hcompress.schedule import Schedule
 from hcompress.setting import setting_of
 
@@ -171,7 +173,8 @@ def test_an_interrupted_comparison_keeps_its_rows_and_goes_on_where_it_was(asked
     compare(one_seed, tmp_path / "out", going_on)
     assert (UNCACHED, 0, "sampling") not in going_on.told
     for file in (tmp_path / "out").rglob("row-*.json"):
-        assert untimed(file) == untimed(done / file.relative_to(tmp_path / "out"))
+        # one thread adds up in another order than two: 4e-6 dB of 50 were seen
+        assert untimed(file) == pytest.approx(untimed(done / file.relative_to(tmp_path / "out")), rel=1e-5)
 
 
 def test_a_cell_that_fails_leaves_the_others_and_is_named(asked, tiny_run, tmp_path):
@@ -243,7 +246,8 @@ def test_two_processes_share_the_cells(asked, done, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["finished"] == 3
     for file in (tmp_path / "out").rglob("random*/row-*.json"):
-        assert untimed(file) == untimed(done / file.relative_to(tmp_path / "out"))
+        # one thread adds up in another order than two: 4e-6 dB of 50 were seen
+        assert untimed(file) == pytest.approx(untimed(done / file.relative_to(tmp_path / "out")), rel=1e-5)
 
 
 def test_every_kind_of_recipe_can_be_a_row():

@@ -1,0 +1,60 @@
+"""What runs a schedule for a comparison: the reference sampler, or the bundle as it is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hcompress.report.quality import balanced_labels, generate
+from hcompress.schedule import Schedule
+from hcompress.setting import Setting
+
+BATCH = 32  # samples at once
+
+Draw = Callable[[int, int, Callable[[int], None]], Tensor]
+"""(count, seed, progress) -> samples [count, C, H, W] of balanced labels, on the CPU."""
+
+
+@contextmanager
+def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
+    compute, corrections = (None, None) if schedule is None else (schedule.compute, schedule.corrections)
+    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress, corrections).cpu()
+
+
+@contextmanager
+def _on_onnxruntime(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
+    """As it is deployed; the bundle is gone afterwards."""
+    from hcompress_export.bundle import export_bundle
+    from hcompress_runtime import Runtime
+
+    calls, provider = setting.table.num_calls, setting.adapter.device.type
+    with TemporaryDirectory(dir=folder) as scratch:
+        bundle = Path(scratch) / "bundle"
+        export_bundle(setting.adapter, setting.table, setting.identity, bundle, cfg=setting.cfg, schedule=schedule)
+        with Runtime(bundle, provider, torch.get_num_threads()) as runtime:
+
+            def draw(count: int, seed: int, progress: Callable[[int], None]) -> Tensor:
+                done = 0
+
+                def on_step(call: int, x: NDArray[np.float32]) -> None:
+                    nonlocal done
+                    done += len(x) if call == calls else 0
+                    progress(min(done, count))
+
+                given = balanced_labels(setting, count)
+                return torch.from_numpy(runtime.generate(given, seed, batch=BATCH, on_step=on_step))
+
+            yield draw
+
+
+RUNNERS: dict[str, Callable[[Setting, Schedule | None, Path], AbstractContextManager[Draw]]] = {
+    "torch": _on_torch,
+    "onnxruntime": _on_onnxruntime,
+}
