@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hcompress.cli.main import main
 from hcompress_runtime.bundle import open_bundle
 from hcompress_runtime.images import grid
 
@@ -21,19 +20,6 @@ from hcompress_runtime.images import grid
 def picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image, float)
-
-
-@pytest.fixture
-def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a verb in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from hcompress.adapter import Adapter, compute_all
-from hcompress.cli.main import main
 from hcompress.errors import ModelError
 from hcompress.models.loading import load_model
 from hcompress.models.pixart import PixArt, load_pixart
@@ -44,19 +42,6 @@ def save(adapter: Adapter, folder: Path, prompts: dict[str, np.ndarray] | None) 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in pixel space with prompts of its own."""
     return save(make_pixart(channels=1, out_channels=2), tmp_path_factory.mktemp("pixart"), make_prompts(3))
-
-
-@pytest.fixture
-def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a verb in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 def call(adapter: Adapter, condition: dict[str, torch.Tensor]) -> torch.Tensor:

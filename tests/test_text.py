@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils import logging
 
-from hcompress.cli.main import main
 from hcompress.errors import InputError
 from hcompress.text_encoder import TextEncoder, encode
 from hcompress.zoo import data_folder
@@ -54,19 +52,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')  # which reads 120 tokens
     save_encoder(folder / "text_encoder", folder / "tokenizer")
     return folder
-
-
-@pytest.fixture
-def hcompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a verb in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("t5", [False, True])
