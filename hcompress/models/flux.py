@@ -30,19 +30,19 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from hcompress.adapter import Adapter, Condition, Route
+from hcompress.adapter import Condition, Route
 from hcompress.branches import Branch, BranchGraph
 from hcompress.errors import ModelError
 from hcompress.models.joint import double_block, double_block_branches, in_order
 from hcompress.models.parts import linear_macs, modulation, num_params
-from hcompress.models.prompts import PromptInputs, Prompts, tokens_of, with_prompts
-from hcompress_runtime.conditions import Given, Input
+from hcompress.models.prompts import PromptAdapter, PromptInputs, Prompts, tokens_of, with_prompts
+from hcompress_runtime.conditions import Input
 
 TOKENS, GUIDANCE, SIDE = 512, 3.5, 128  # defaults of diffusers' pipeline: 1024 pixels, an eighth in the latent
 
 
 @final
-class Flux(Adapter):
+class Flux(PromptAdapter):
     """Adapter of `FluxTransformer2DModel`. L image tokens, D width, S text tokens, W width of their embeddings.
 
     prompts: the model's own, of which S is taken
@@ -132,18 +132,6 @@ class Flux(Adapter):
             h = _clip(h + gate * branches(single))
         h = network.norm_out(h[:, text.shape[1] :], embedding)
         return _unpack(network.proj_out(h), self.sample_shape)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        """The null prompts, which `condition` holds beside the prompts. Raises ModelError where there are none."""
-        return self.prompts.null(condition)
-
-    def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
-        """Prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
-        return self.condition(self.prompts.random(rng, count))
-
-    def even_conditions(self, count: int) -> Given:
-        """The model's own prompts, round robin. Raises ModelError where it has none."""
-        return self.prompts.even(count)
 
     def _rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rotary tables; no buffers, which would be rounded with a network that is made a half."""

@@ -25,19 +25,19 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from hcompress.adapter import Adapter, Condition, Route
+from hcompress.adapter import Condition, Route
 from hcompress.branches import Branch, BranchGraph
 from hcompress.errors import ModelError
 from hcompress.models.parts import linear_macs, num_params, unpatchify
-from hcompress.models.prompts import PromptInputs, Prompts, tokens_of, with_prompts, zeros
-from hcompress_runtime.conditions import Given, Input
+from hcompress.models.prompts import PromptAdapter, PromptInputs, Prompts, tokens_of, with_prompts, zeros
+from hcompress_runtime.conditions import Input
 
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # `max_sequence_length` of diffusers' pipelines
 PIXELS = 8  # on a side, that the VAE makes of each of the latent
 
 
 @final
-class PixArt(Adapter):
+class PixArt(PromptAdapter):
     """Adapter of `PixArtTransformer2DModel`. L image tokens, D width, S text tokens, W width of their embeddings.
 
     prompts: the model's own, of which S is taken; the null prompt is zeros where they hold none
@@ -112,18 +112,6 @@ class PixArt(Adapter):
         shift, scale = (network.scale_shift_table[None] + constants["time_embedding"][:, None]).chunk(2, dim=1)
         h = network.proj_out(network.norm_out(h) * (1 + scale) + shift)
         return unpatchify(h, network.config.patch_size, network.out_channels)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        """The null prompts, which `condition` holds beside the prompts."""
-        return self.prompts.null(condition)
-
-    def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
-        """Prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
-        return self.condition(self.prompts.random(rng, count))
-
-    def even_conditions(self, count: int) -> Given:
-        """The model's own prompts, round robin. Raises ModelError where it has none."""
-        return self.prompts.even(count)
 
 
 def load_pixart(folder: Path, **source: Any) -> PixArt:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from hcompress.adapter import Condition
+from hcompress.adapter import Adapter, Condition
 from hcompress.errors import InputError, ModelError
-from hcompress_runtime.conditions import Input, Rows, complete, load_prompts, null_name
+from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prompts, null_name
 
 FILE = "prompts.safetensors"
 
@@ -25,6 +25,27 @@ Prompts = Mapping[str, NDArray[Any]]
 """The tensors of a prompts file."""
 
 Adapted = TypeVar("Adapted")
+
+
+class PromptAdapter(Adapter):
+    """An adapter that is conditioned on prompts; subclasses set `prompts`, and `conditions` to those of them."""
+
+    prompts: PromptInputs
+
+    @final
+    def null_condition(self, condition: Condition) -> Condition:
+        """The null prompts, which `condition` holds beside the prompts. Raises ModelError where there are none."""
+        return self.prompts.null(condition)
+
+    @final
+    def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
+        """Prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
+        return self.condition(self.prompts.random(rng, count))
+
+    @final
+    def even_conditions(self, count: int) -> Given:
+        """The model's own prompts, round robin. Raises ModelError where it has none."""
+        return self.prompts.even(count)
 
 
 @final

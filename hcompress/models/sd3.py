@@ -14,23 +14,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from hcompress.adapter import Adapter, Condition, Route
+from hcompress.adapter import Condition, Route
 from hcompress.branches import Branch, BranchGraph
 from hcompress.models.joint import double_block, double_block_branches, in_order
 from hcompress.models.parts import linear_macs, num_params, unpatchify
-from hcompress.models.prompts import PromptInputs, Prompts, tokens_of, with_prompts, zeros
-from hcompress_runtime.conditions import Given, Input
+from hcompress.models.prompts import PromptAdapter, PromptInputs, Prompts, tokens_of, with_prompts, zeros
+from hcompress_runtime.conditions import Input
 
 TOKENS = 77 + 256  # of diffusers' pipeline, by default
 
 
 @final
-class SD3(Adapter):
+class SD3(PromptAdapter):
     """Adapter of `SD3Transformer2DModel`. L image tokens, D width, S text tokens, W width of their embeddings.
 
     prompts: the model's own, of which S is taken; the null prompt is zeros where they hold none
@@ -79,18 +78,6 @@ class SD3(Adapter):
             h, text = double_block(block, h, text, functional.silu(embedding), branches)
         h = network.proj_out(network.norm_out(h, embedding))
         return unpatchify(h, network.config.patch_size, network.out_channels)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        """The null prompts, which `condition` holds beside the prompts."""
-        return self.prompts.null(condition)
-
-    def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
-        """Prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
-        return self.condition(self.prompts.random(rng, count))
-
-    def even_conditions(self, count: int) -> Given:
-        """The model's own prompts, round robin. Raises ModelError where it has none."""
-        return self.prompts.even(count)
 
 
 def load_sd3(folder: Path, **source: Any) -> SD3:
