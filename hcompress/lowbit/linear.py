@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hcompress.errors import ModelError
-from hcompress.lowbit.grid import ACTIVATION_GRIDS, SMALLEST_SCALE, Format
+from hcompress.lowbit.grid import ACTIVATION_GRIDS, SMALLEST_SCALE, Format, Grid
 
 
 @final
@@ -100,9 +100,7 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_exporting():
             name = None if grid is None else grid.name
             return quantized_linear(x, self.integers, self.weight_scale, step, self.bias, self.format.weight, name)
-        if grid is not None and step is not None:
-            x = grid.fake(x, step)
-        return functional.linear(x, dequantize(self.integers, self.weight_scale).to(x.dtype), self.bias)
+        return _product(x, self.integers, self.weight_scale, step, self.bias, grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         integers, scale = self.integers, self.weight_scale
@@ -129,6 +127,14 @@ def widen(scale: Tensor, width: int) -> Tensor:
     return scale if blocks == 1 else scale.repeat_interleave(width // blocks, dim=1)
 
 
+def _product(
+    x: Tensor, integers: Tensor, weight_scale: Tensor, step: Tensor | None, bias: Tensor | None, grid: Grid | None
+) -> Tensor:
+    if grid is not None and step is not None:
+        x = grid.fake(x, step)
+    return functional.linear(x, dequantize(integers, weight_scale).to(x.dtype), bias)
+
+
 @torch.library.custom_op("hcompress::quantized_linear", mutates_args=())
 def quantized_linear(
     x: Tensor,
@@ -140,9 +146,8 @@ def quantized_linear(
     activation: str | None,
 ) -> Tensor:
     """What QuantLinear computes, as one operator for tracing. `weight` and `activation` are keys of their grids."""
-    if activation is not None and step is not None:
-        x = ACTIVATION_GRIDS[activation].fake(x, step)
-    return functional.linear(x, dequantize(integers, weight_scale).to(x.dtype), bias)
+    grid = None if activation is None else ACTIVATION_GRIDS[activation]
+    return _product(x, integers, weight_scale, step, bias, grid)
 
 
 @quantized_linear.register_fake
