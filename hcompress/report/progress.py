@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,14 +16,13 @@ from hcompress.setting import Setting
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
-class TrainingDisplay:
-    """Shows each round's loss, CUR, beta and time left; keeps the last figures. `unit` is what a round is called."""
+class _Display:
+    """Bars on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, unit: str, *, speaks: bool = True) -> None:
-        self.unit, self.rounds = unit, 0
+    def __init__(self, *, speaks: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not speaks)
         self.bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -31,12 +30,9 @@ class TrainingDisplay:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=None, figures="", visible=False)
-        self.last: Round | None = None
-        self.score_db: float | None = None
         self.printed = 0.0
 
-    def __enter__(self) -> TrainingDisplay:
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 
@@ -44,6 +40,23 @@ class TrainingDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
+
+    def line(self, text: str, *, finished: bool) -> None:
+        """Print what the bar would show, where there is none: the last such line, and one every PLAIN_SECONDS."""
+        if not self.console.is_terminal and (finished or time.monotonic() - self.printed > PLAIN_SECONDS):
+            self.printed = time.monotonic()
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+class TrainingDisplay(_Display):
+    """Shows each round's loss, CUR, beta and time left; keeps the last figures. `unit` is what a round is called."""
+
+    def __init__(self, unit: str, *, speaks: bool = True) -> None:
+        super().__init__(speaks=speaks)
+        self.unit, self.rounds = unit, 0
+        self.task = self.bar.add_task("training", total=None, figures="", visible=False)
+        self.last: Round | None = None
+        self.score_db: float | None = None
 
     def start(self, setting: Setting, method: Method) -> None:
         """Called once the model is open; `method.done` rounds came from a checkpoint."""
@@ -63,38 +76,16 @@ class TrainingDisplay:
         self.score_db = progress.score_db if progress.score_db is not None else self.score_db
         figures = _router_figures(progress) + _score(self.score_db)
         self.bar.update(self.task, completed=progress.round, figures=figures)
-        finished = progress.round == self.rounds
-        if not self.console.is_terminal and (finished or time.monotonic() - self.printed > PLAIN_SECONDS):
-            self.printed = time.monotonic()
-            self.console.print(f"{progress.round}/{self.rounds}  {figures}", highlight=False, soft_wrap=True)
+        self.line(f"{progress.round}/{self.rounds}  {figures}", finished=progress.round == self.rounds)
 
 
-class StagesDisplay:
+class StagesDisplay(_Display):
     """Several stages, one after the other, each with its own line: loss, what else it has to say, and time left."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        super().__init__()
         self.tasks: dict[str, TaskID] = {}
         self.score_db: dict[str, float | None] = {}
-        self.printed = 0.0
-
-    def __enter__(self) -> StagesDisplay:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def count(self, stage: str, total: int, done: int, figures: str) -> None:
         """`done` of at most `total` steps of a stage."""
@@ -104,18 +95,12 @@ class StagesDisplay:
 
     def show(self, stage: str, trajectories: int, progress: Any) -> None:
         """One more trajectory of `stage` is done: figures of a router's training or of a distillation."""
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=trajectories, figures="")
         score = progress.score_db if progress.score_db is not None else self.score_db.get(stage)
         self.score_db[stage] = score
         figures = _router_figures(progress) if isinstance(progress, Round) else f"loss {progress.loss:.2e}"
         figures += _score(score)
-        self.bar.update(self.tasks[stage], completed=progress.round, figures=figures)
-        ended = progress.round >= trajectories
-        if not self.console.is_terminal and (ended or time.monotonic() - self.printed > PLAIN_SECONDS):
-            self.printed = time.monotonic()
-            line = f"{stage} {progress.round}/{trajectories}  {figures}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+        self.count(stage, trajectories, progress.round, figures)
+        self.line(f"{stage} {progress.round}/{trajectories}  {figures}", finished=progress.round >= trajectories)
 
 
 def _router_figures(progress: Round) -> str:
