@@ -8,7 +8,7 @@ solver weighs it down again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,15 @@ from hcompress.adapter import Adapter
 from hcompress.corrections import Corrections
 from hcompress.errors import BundleError
 from hcompress.sampling import corrected, solver_noises, start_noise, terms_of, trajectory
-from hcompress_runtime.conditions import Given, complete, example, take
+from hcompress_runtime.bundle import Bundle
+from hcompress_runtime.conditions import Given, Rows, complete, example, take
 from hcompress_runtime.engine import Value
 from hcompress_runtime.files import write_atomically
 from hcompress_runtime.images import png
 from hcompress_runtime.runtime import Runtime
 
+Walk = Callable[[torch.Tensor], Iterator[tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]]]
+"""x_T -> what `trajectory` yields."""
 PREVIEW = "preview.png"
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Relative. Float32 rounding, amplified by guidance and summed over the calls, stays below 3e-5 in practice."""
@@ -63,23 +66,16 @@ def drifts(
     compute: bool[T, N] that the bundle was frozen from; None is the dense model
     corrections: that it was frozen with
     """
-    rows = complete(runtime.bundle.conditions, labels)
-    count = len(next(iter(rows.values())))
-    rows, streams = take(rows, range(count)), range(count)
+    rows, start, noises, walk = _reference(adapter, runtime.bundle, labels, compute, corrections, seed)
     table, chained = runtime.bundle.table, list[NDArray[np.float32]]()
-    runtime.generate(rows, seed, batch=count, on_step=lambda call, x: chained.append(x))
-    start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, table, seed, streams)
-    condition, outputs = adapter.condition(rows), list[torch.Tensor]()
+    runtime.generate(rows, seed, batch=len(start), on_step=lambda call, x: chained.append(x))
+    outputs = list[torch.Tensor]()
     held: dict[str, Value] = {}
     older: dict[int, torch.Tensor] = {}
     terms = terms_of(corrections, table.num_calls, adapter.device, adapter.dtype)
     given = {name: runtime.put(array) for name, array in rows.items()}
     found = []
-    cfg = runtime.bundle.cfg
-    calls = trajectory(
-        adapter, table, condition, start, cfg=cfg, compute=compute, corrections=corrections, noises=noises
-    )
-    for call, (x, output, slots) in enumerate(calls):
+    for call, (x, output, slots) in enumerate(walk(start)):
         outputs.append(output)
         noise = table.noise_input(call, [*map(_array, noises)], tuple(x.shape))
         now = given | {name: runtime.put(array) for name, array in noise.items()}
@@ -95,6 +91,32 @@ def drifts(
         older = dict(slots)
     finished = table.combine(table.num_calls, start, outputs, noises)
     return [*found, Drift(table.num_calls, "sample", _relative(chained[-1], finished))]
+
+
+def _reference(
+    adapter: Adapter,
+    bundle: Bundle,
+    labels: Given,
+    compute: NDArray[np.bool_] | None,
+    corrections: Corrections | None,
+    seed: int,
+) -> tuple[Rows, torch.Tensor, list[torch.Tensor], Walk]:
+    """What PyTorch generates a bundle's samples from: conditions, x_T, noises, and the calls from an x_T."""
+    rows = complete(bundle.conditions, labels)
+    streams = range(len(next(iter(rows.values()))))
+    rows = take(rows, streams)
+    start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, bundle.table, seed, streams)
+    walk = partial(
+        trajectory,
+        adapter,
+        bundle.table,
+        adapter.condition(rows),
+        cfg=bundle.cfg,
+        compute=compute,
+        corrections=corrections,
+        noises=noises,
+    )
+    return rows, start, noises, walk
 
 
 def parity(
@@ -140,12 +162,8 @@ def allowed(
     bundle, limit = runtime.bundle, TOLERANCE[runtime.bundle.dtype]
     if not bundle.manifest.get("quantized"):
         return limit
-    rows = complete(bundle.conditions, labels)
-    streams = range(len(next(iter(rows.values()))))
-    start, noises = start_noise(adapter, seed, streams), solver_noises(adapter, bundle.table, seed, streams)
-    condition, nudge = adapter.condition(take(rows, streams)), 1 + NUDGE * torch.finfo(adapter.dtype).eps
-    walk = partial(trajectory, adapter, bundle.table, condition, cfg=bundle.cfg, compute=compute, noises=noises)
-    one, other = (walk(x, corrections=corrections) for x in (start, nudge * start))
+    _, start, _, walk = _reference(adapter, bundle, labels, compute, corrections, seed)
+    one, other = walk(start), walk((1 + NUDGE * torch.finfo(adapter.dtype).eps) * start)
     own = max(QUANTIZED, limit)
     for (_, output, slots), (_, moved, theirs) in zip(one, other, strict=True):
         pairs = [(output, moved), *((slots[index], theirs[index]) for index in slots)]
