@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from shared import described, keep
 
 from hcompress.deploy import decide, deploy
-from hcompress.rundir import environment
 from hcompress.setting import open_with
 from hcompress_runtime.bundle import WEIGHTS, is_bundle, open_bundle
 from hcompress_runtime.engine_cache import build_engines
@@ -85,10 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(stderr=True)
     rows = [row for model in args.model for row in figures(args.work, model, MODELS[model], args.sm, console)]
-    result = {"date": str(date.today()), "environment": environment(), "rows": rows}
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "engines.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "engines.md").write_text(table(rows))
+    keep(args.results, "engines", described(args, {"rows": rows}), table(rows))
     print(table(rows))
 
 

@@ -8,17 +8,15 @@ Sizes are of all files that a bundle lists. Embedders and the last layers stay f
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from int8_speed import CFG, quantized
+from shared import described, keep
 
 from hcompress.deploy import decide, deploy
-from hcompress.rundir import environment
 from hcompress.setting import open_setting
 from hcompress_runtime.bundle import open_bundle
 
@@ -42,10 +40,7 @@ def main() -> None:
         shutil.rmtree(out)
     for format in args.formats:
         found[format]["ratio"] = found[format]["bytes"] / found["float32"]["bytes"]
-    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
-    result = {"date": str(date.today()), "environment": environment(), "settings": settings, "bundles": found}
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "int8_size.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    keep(args.results, "int8_size", described(args, {"bundles": found}))
     for format, row in found.items():
         ratio = f", {row['ratio']:.3f} of float32" if "ratio" in row else ""
         memory = row["peak_memory_bytes_so_far"]

@@ -12,30 +12,24 @@ products   what the profile of the W8A8 bundle says was run; time by operator is
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from shared import described, generation_ms, keep
 
-from hcompress.caching.rules import parse_rule
 from hcompress.deploy import decide, deploy
 from hcompress.errors import HcompressError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, observe
 from hcompress.quant.selection import select
-from hcompress.rundir import environment
-from hcompress.schedule import Schedule
-from hcompress.setting import Setting, open_setting, with_adapter
+from hcompress.setting import Setting, open_setting, ruled, with_adapter
 from hcompress_runtime import Runtime
 from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
 from hcompress_runtime.kernels import OF_FLOATS, OF_INTEGERS, executed, milliseconds
-from hcompress_runtime.measure import interleaved
 
 CFG = 1.5
 
@@ -65,29 +59,17 @@ def bundles(work: Path, model: str, steps: int, cur: float) -> dict[str, Bundle]
                 setting = opened[0]
                 if bits == "W8A8" and not isinstance(setting.adapter, QuantizedAdapter):
                     setting = opened[0] = quantized(setting)
-                schedule = random_schedule(setting, cur) if cached else None
+                schedule = ruled(setting, f"random:{cur}") if cached else None
                 layout = "switch" if cached else "embedded"
                 deploy(setting, decide(setting, schedule, layout=layout), out, proven=False)
             found[f"{bits}, {'cached' if cached else 'dense'}"] = open_bundle(out)
     return found
 
 
-def random_schedule(setting: Setting, cur: float) -> Schedule:
-    """The rule `random:CUR` for the model of `setting`."""
-    graph, rule = setting.adapter.graph, f"random:{cur}"
-    compute = parse_rule(rule, setting.table.num_calls, graph)
-    return Schedule(compute, graph.names, setting.identity, {"name": "rule", "rule": rule})
-
-
 def compare(found: dict[str, Bundle], rounds: int, batch: int, threads: int | None) -> dict[str, Any]:
     """Figures of one interleaved run."""
     runtimes = {name: Runtime(bundle, threads=threads) for name, bundle in found.items()}
-    labels = [7 * index for index in range(batch)]
-    contenders: dict[str, Callable[[], object]] = {
-        name: lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
-        for name, runtime in runtimes.items()
-    }
-    latency_ms = {name: float(np.median(ms)) for name, ms in interleaved(contenders, rounds).items()}
+    latency_ms = {name: float(np.median(ms)) for name, ms in generation_ms(runtimes, batch, rounds).items()}
     for runtime in runtimes.values():
         runtime.close()
     dense = latency_ms["float32, dense"]
@@ -120,12 +102,9 @@ def main() -> None:
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
     products = {name: ran[name] for name in (*OF_INTEGERS, *OF_FLOATS) if ran[name]}
-    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
-    result = {"date": str(date.today()), "environment": environment(), "settings": settings, **figures}
-    result |= {"mac_ratio": found["W8A8, cached"].mac_ratio, "products": products, "first_call_ms": spent_ms}
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "int8_speed.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    (args.results / "int8_speed.md").write_text(table(result))
+    figures |= {"mac_ratio": found["W8A8, cached"].mac_ratio, "products": products, "first_call_ms": spent_ms}
+    result = described(args, figures)
+    keep(args.results, "int8_speed", result, table(result))
     print(table(result))
 
 

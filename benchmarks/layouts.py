@@ -16,22 +16,19 @@ efficiency = speed-up over the ratio of MACs; memory is PSS after loading and on
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from shared import described, generation_ms, keep
 
 from hcompress.deploy import decide, deploy
 from hcompress.errors import HcompressError
-from hcompress.rundir import environment
 from hcompress.setting import open_setting, open_with
 from hcompress_runtime import Runtime
 from hcompress_runtime.bundle import is_bundle
-from hcompress_runtime.measure import interleaved, peak_memory_bytes
+from hcompress_runtime.measure import peak_memory_bytes
 
 SHOWN = {"latency_ms": 0, "speedup": 2, "mac_ratio": 2, "efficiency": 3, "memory_ratio": 2}
 
@@ -59,12 +56,7 @@ def compare(work: Path, model: str, steps: int, cur: float, rounds: int, batch: 
         "embedded, private": (layouts["embedded"], True),
     }
     runtimes = {name: Runtime(path, prepack=prepack) for name, (path, prepack) in rows.items()}
-    labels = [7 * index for index in range(batch)]
-    contenders: dict[str, Callable[[], object]] = {
-        name: lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
-        for name, runtime in runtimes.items()
-    }
-    latency_ms = {name: float(np.median(ms)) for name, ms in interleaved(contenders, rounds).items()}
+    latency_ms = {name: float(np.median(ms)) for name, ms in generation_ms(runtimes, batch, rounds).items()}
     for runtime in runtimes.values():
         runtime.close()
     figures = {}
@@ -109,11 +101,8 @@ def main() -> None:
             print(table(cur, found[cur]), flush=True)
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
-    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
-    result = {"date": str(date.today()), "environment": environment(), "settings": settings, "cur": found}
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "layouts.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    (args.results / "layouts.md").write_text("\n".join(table(cur, rows) for cur, rows in found.items()))
+    markdown = "\n".join(table(cur, rows) for cur, rows in found.items())
+    keep(args.results, "layouts", described(args, {"cur": found}), markdown)
 
 
 if __name__ == "__main__":

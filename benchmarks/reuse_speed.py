@@ -17,29 +17,25 @@ never quiet, --cpu measures the processor's time with one thread in place of eve
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from shared import described, generation_ms, keep
 
 from hcompress.corrections import Corrections, history, taylor
 from hcompress.errors import HcompressError
-from hcompress.rundir import environment
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_with
 from hcompress_export.bundle import export_bundle
 from hcompress_export.trace import trace
 from hcompress_runtime import Runtime
 from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
-from hcompress_runtime.measure import interleaved
 
 
 def fitted(compute: NDArray[np.bool_], widths: tuple[int, ...], *, older: bool) -> Corrections:
@@ -91,14 +87,9 @@ def compare(
             traced=traced,
         )
     threads, clock = (1, time.process_time) if cpu else (None, time.perf_counter)
-    labels = [7 * index for index in range(batch)]
     with ExitStack() as stack:
         runtimes = {name: stack.enter_context(Runtime(bundle, threads=threads)) for name, bundle in bundles.items()}
-        runs: dict[str, Callable[[], object]] = {
-            name: lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
-            for name, runtime in runtimes.items()
-        }
-        latency_ms = interleaved(runs, rounds, clock=clock)
+        latency_ms = generation_ms(runtimes, batch, rounds, clock)
     ratio = bundles["plain"].mac_ratio
     efficiency = {name: latency_ms["dense"] / ms / ratio for name, ms in latency_ms.items() if name != "dense"}
     return {
@@ -159,11 +150,8 @@ def main() -> None:
             print(table(cur, found[cur]), flush=True)
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
-    settings = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
-    result = {"date": str(date.today()), "environment": environment(), "settings": settings, "cur": found}
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "reuse_speed.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    (args.results / "reuse_speed.md").write_text("\n".join(table(cur, rows) for cur, rows in found.items()))
+    markdown = "\n".join(table(cur, rows) for cur, rows in found.items())
+    keep(args.results, "reuse_speed", described(args, {"cur": found}), markdown)
 
 
 if __name__ == "__main__":

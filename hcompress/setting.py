@@ -96,10 +96,15 @@ def open_with(model: str, schedule: str, solver: str, steps: int, cfg: float) ->
     A file brings its own solver steps and guidance, which must be those asked for. Raises ModelError, ScheduleError.
     """
     setting = open_setting(model, solver, steps, cfg)
-    graph = setting.adapter.graph
     if Path(schedule).is_file():
         learned = Schedule.load(Path(schedule))
-        learned.check_fits(graph, setting.identity)
+        learned.check_fits(setting.adapter.graph, setting.identity)
         return setting, learned
-    compute = parse_rule(schedule, setting.table.num_calls, graph)
-    return setting, Schedule(compute, graph.names, setting.identity, {"name": "rule", "rule": schedule})
+    return setting, ruled(setting, schedule)
+
+
+def ruled(setting: Setting, rule: str) -> Schedule:
+    """The schedule that a rule such as `random:0.375` gives the model of `setting`. Raises ScheduleError."""
+    graph = setting.adapter.graph
+    compute = parse_rule(rule, setting.table.num_calls, graph)
+    return Schedule(compute, graph.names, setting.identity, {"name": "rule", "rule": rule})

@@ -1,0 +1,45 @@
+"""What the benchmarks of bundles share: times of several in turns, and how results are kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from hcompress.rundir import environment
+from hcompress_runtime import Runtime
+from hcompress_runtime.measure import interleaved
+
+PLACES = ("work", "results")  # settings that are folders of this machine
+
+
+def generation_ms(
+    runtimes: Mapping[str, Runtime], batch: int, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, NDArray[Any]]:
+    """The milliseconds of each round of `batch` samples, all bundles in turns."""
+    labels = [7 * index for index in range(batch)]
+    contenders: dict[str, Callable[[], object]] = {
+        name: lambda runtime=runtime: runtime.generate(labels, batch=batch)  # type: ignore[misc]
+        for name, runtime in runtimes.items()
+    }
+    return interleaved(contenders, rounds, clock=clock)
+
+
+def described(args: argparse.Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """`figures` with the date, the machine and what was asked for."""
+    settings = {key: value for key, value in vars(args).items() if key not in PLACES}
+    return {"date": str(date.today()), "environment": environment(), "settings": settings, **figures}
+
+
+def keep(folder: Path, name: str, result: Mapping[str, Any], markdown: str | None = None) -> None:
+    """Write `name`.json and, where there is one, its table beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    if markdown is not None:
+        (folder / f"{name}.md").write_text(markdown)
