@@ -1,6 +1,6 @@
 """What each layout of a bundle costs on ONNX Runtime CPU, on a model of 131 M parameters: speed, memory, efficiency.
 
-    python benchmarks/layouts.py                    # random:DiT-B-2-256, CUR 25, 40 and 55 %; about ten minutes
+    python benchmarks/layouts.py                    # random:DiT-B-2-256, 1 and 4 samples; 15 minutes
 
 Every mask is random, so that all steps differ and no layout gains from equal ones. One run, contenders in turns:
 
@@ -16,6 +16,7 @@ efficiency = speed-up over the ratio of MACs; memory is PSS after loading and on
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,13 @@ def compare(work: Path, model: str, steps: int, cur: float, rounds: int, batch: 
         "embedded, shared": (layouts["embedded"], False),
         "embedded, private": (layouts["embedded"], True),
     }
+    # Before any is open here: a page that two processes hold counts half in each.
+    memory = {name: peak_memory_bytes(path, batch, prepack=prepack) for name, (path, prepack) in rows.items()}
     runtimes = {name: Runtime(path, prepack=prepack) for name, (path, prepack) in rows.items()}
     latency_ms = {name: float(np.median(ms)) for name, ms in generation_ms(runtimes, batch, rounds).items()}
     for runtime in runtimes.values():
         runtime.close()
     figures = {}
-    memory = {name: peak_memory_bytes(path, batch, prepack=prepack) for name, (path, prepack) in rows.items()}
     for name, runtime in runtimes.items():
         speedup, mac_ratio = latency_ms["dense"] / latency_ms[name], runtime.bundle.mac_ratio
         figures[name] = {
@@ -74,9 +76,9 @@ def compare(work: Path, model: str, steps: int, cur: float, rounds: int, batch: 
     return figures
 
 
-def table(cur: float, figures: dict[str, dict[str, Any]]) -> str:
+def table(title: str, figures: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [f"| CUR {100 * cur:.0f} % | " + " | ".join(SHOWN) + " |", "|---" * (1 + len(SHOWN)) + "|"]
+    lines = [f"| {title} | " + " | ".join(SHOWN) + " |", "|---" * (1 + len(SHOWN)) + "|"]
     for name, row in figures.items():
         lines.append(f"| {name} | " + " | ".join(f"{row[key]:.{digits}f}" for key, digits in SHOWN.items()) + " |")
     return "\n".join(lines) + "\n"
@@ -89,20 +91,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cur", type=float, nargs="+", default=[0.25, 0.4, 0.55])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="samples at once")
     parser.add_argument("--work", type=Path, default=Path("runs/layouts"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     found = {}
     try:
-        for cur in args.cur:
-            with Console(stderr=True).status(f"CUR {100 * cur:.0f} %"):
-                found[cur] = compare(args.work, args.model, args.steps, cur, args.rounds, args.batch)
-            print(table(cur, found[cur]), flush=True)
+        for batch, cur in product(args.batch, args.cur):
+            title = f"batch {batch}, CUR {100 * cur:.0f} %"
+            with Console(stderr=True).status(title):
+                found[title] = compare(args.work, args.model, args.steps, cur, args.rounds, batch)
+            print(table(title, found[title]), flush=True)
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
-    markdown = "\n".join(table(cur, rows) for cur, rows in found.items())
-    keep(args.results, "layouts", described(args, {"cur": found}), markdown)
+    markdown = "\n".join(table(title, rows) for title, rows in found.items())
+    keep(args.results, "layouts", described(args, {"tables": found}), markdown)
 
 
 if __name__ == "__main__":

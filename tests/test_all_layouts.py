@@ -31,6 +31,7 @@ from hcompress_runtime.weights import find, map_weights
 
 CLOSE = 1e-5  # as in test_export: float32 rounding between libraries, over 5 calls
 LABELS = [0, 1, 2, 4, 3]
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,6 +51,17 @@ def test_all_layouts_equal_the_reference_sampler(
 def test_the_dense_model_fits_every_layout(tiny_dit: Adapter, tmp_path: Path, layout: str) -> None:
     with Runtime(export(tmp_path / "bundle", tiny_dit, None, layout=layout).path) as runtime:
         assert parity(tiny_dit, runtime, LABELS).max() <= CLOSE
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not list what is mapped")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_closed_bundle_is_no_longer_in_memory(tiny_dit: Adapter, tmp_path: Path, layout: str) -> None:
+    path = export(tmp_path / "bundle", tiny_dit, None, layout=layout).path
+    runtime = Runtime(path, prepack=False)
+    runtime.generate(LABELS)
+    assert str(path / WEIGHTS) in MAPS.read_text()
+    runtime.close()
+    assert str(path / WEIGHTS) not in MAPS.read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -151,6 +151,7 @@ class OnnxRuntime(Engine):
 
     def __exit__(self, *exception: object) -> None:
         del self.session
+        self.bound, self.weights, self.places = {}, None, None
 
     def infer(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """See Engine. Everything stays on the device; a slot that holds nothing is bound empty."""

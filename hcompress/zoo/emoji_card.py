@@ -89,8 +89,8 @@ def main() -> None:
     setting = open_setting("zoo:emoji-pixart", SOLVER, STEPS, CFG)
     samples = generate(setting, SAMPLES, SEED)
     (FOLDER / "samples.png").write_bytes(png(samples[:SHOWN].numpy(), columns=COLUMNS))
+    trained = json.loads((args.run / STORED).read_text())["step"]
     config = setting.adapter.config()
-    label = "mean squared error of the velocity"
     card = CARD.format(
         steps=STEPS,
         cfg=CFG,
@@ -99,7 +99,7 @@ def main() -> None:
         shown=SHOWN,
         prompts=PROMPTS,
         tokens=TOKENS,
-        trained=json.loads((args.run / STORED).read_text())["step"],
+        trained=trained,
         drawings=int((~emoji.held_out).sum()),
         concepts=len({*emoji.concepts[~emoji.held_out].tolist()}),
         blocks=config["num_layers"],
@@ -112,7 +112,7 @@ def main() -> None:
         hardware=args.hardware,
         **distribution(setting, samples),
     )
-    save_loss_curve(args.run, FOLDER / "loss.png", label)
+    save_loss_curve(args.run, FOLDER / "loss.png", "mean squared error of the velocity", trained)
     (FOLDER / "README.md").write_text(card)
 
 
