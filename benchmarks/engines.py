@@ -4,8 +4,8 @@
 
 T = 20, random masks of CUR 37.5 %, so 20 distinct graphs of each model, and the solver's update; `per-mask` layout, so
 an engine holds kernels and no weights. Each is parsed and built in a process of its own; what is in --work is not built
-again. `packed` is what gzip makes of an engine: kernels repeat and are padded, so an archive or a container image is
-that much smaller. Nothing here runs one: that takes a GPU.
+again. Engine files are packed by gzip; `unpacked` is what a GPU's runtime is given. Nothing here runs one: that takes a
+GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODELS = {"zoo:fashion-dit": "float32", "random:DiT-XL-2-256": "float16"}
 SCHEDULE, STEPS, BATCH = "random:0.375", 20, 8
 HEAD = (
     "| model | target | engines | weights (MB) | engine, mean (MB) | largest (MB) | of the weights "
-    "| packed, mean (MB) | of the weights | build, mean (s) |"
+    "| unpacked, mean (MB) | of the weights | build, mean (s) |"
 )
 
 
@@ -48,12 +48,12 @@ def figures(work: Path, model: str, dtype: str, sms: list[int], console: Console
     rows = []
     for engines in built:
         found, count = engines.figures(), len(engines.files)
-        packed = sum(len(gzip.compress(file.read_bytes())) for file in engines.files.values()) / count
+        unpacked = sum(len(gzip.decompress(file.read_bytes())) for file in engines.files.values()) / count
         rows.append(
             {"model": f"{model} {dtype}", "target": str(engines.target), "engines": count, "weight_bytes": weight_bytes}
             | {"mean_bytes": found["engine_bytes"] / count, "largest_bytes": found["largest_bytes"]}
-            | {"share": found["largest_bytes"] / weight_bytes, "packed_bytes": packed}
-            | {"packed_share": packed / weight_bytes, "mean_seconds": found["seconds"] / count}
+            | {"share": found["largest_bytes"] / weight_bytes, "unpacked_bytes": unpacked}
+            | {"unpacked_share": unpacked / weight_bytes, "mean_seconds": found["seconds"] / count}
         )
     return rows
 
@@ -62,12 +62,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
     for row in rows:
-        sizes = [f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "mean_bytes", "largest_bytes")]
+        sizes = [f"{row[key] / 1e6:.2f}" for key in ("weight_bytes", "mean_bytes", "largest_bytes")]
         cells = [row["model"], row["target"], str(row["engines"]), *sizes]
         cells += [
             f"{100 * row['share']:.2f} %",
-            f"{row['packed_bytes'] / 1e6:.2f}",
-            f"{100 * row['packed_share']:.2f} %",
+            f"{row['unpacked_bytes'] / 1e6:.2f}",
+            f"{100 * row['unpacked_share']:.2f} %",
         ]
         lines.append("| " + " | ".join([*cells, f"{row['mean_seconds']:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="+", default=[89, 120])
     parser.add_argument("--model", nargs="+", default=[*MODELS], choices=[*MODELS])
-    parser.add_argument("--work", type=Path, default=Path("runs/engines"), help="keeps 1.8 GB")
+    parser.add_argument("--work", type=Path, default=Path("runs/engines"), help="keeps 1.5 GB")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     console = Console(stderr=True)

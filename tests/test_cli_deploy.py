@@ -220,7 +220,7 @@ def test_export_builds_engines_for_gpus_that_are_not_here(hcompress: Any, tiny_r
     flags = ("--trt", "--flavor", "rtx", "--sm", 89, "--batch", "1,2,4", "--layout", "per-mask", "--no-prove")
     code, text, _ = hcompress("export", tiny_run, "--out", tmp_path / "bundle", *flags, "--json")
     (built,) = json.loads(text)["engines"]
-    files = [*(tmp_path / "bundle" / "engines" / built["target"]).glob("*.engine")]
+    files = [*(tmp_path / "bundle" / "engines" / built["target"]).glob("*.engine.gz")]
     assert code == 0 and len(files) == json.loads(text)["num_graphs"] + 1  # and the solver's update
     assert built["engine_bytes"] == sum(file.stat().st_size for file in files) > 0 < built["seconds"]
     assert "engines for batch 1,2,4" in " ".join(

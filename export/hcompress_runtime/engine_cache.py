@@ -1,6 +1,6 @@
 """The engines of a bundle: which there are, whether they are whole, and building those that are missing.
 
-    bundle/engines/<flavor>-<library version>-sm<NN>/<graph hash>.engine
+    bundle/engines/<flavor>-<library version>-sm<NN>/<graph hash>.engine.gz
                                                     /engines.json     what was built, for which batch; sizes and SHA-256
 
 An engine runs on one kind of GPU under one version of one library, so these two and the bundle's own hash are the key.
@@ -123,8 +123,8 @@ def folder_of(bundle: Bundle, target: Target) -> Path:
 
 
 def engine_file(folder: Path, graph: str) -> Path:
-    """The engine of graph file `graph` in a target's folder."""
-    return folder / f"{Path(graph).stem}.engine"
+    """The engine of graph file `graph` in a target's folder, packed."""
+    return folder / f"{Path(graph).stem}.engine.gz"
 
 
 def build_command(bundle: Path, target: Target, batch: Sequence[int] | None = None) -> str:

@@ -18,6 +18,7 @@ then on. A schedule has a fixed order, so in generations of one batch size they 
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class Held:
 class TensorRT(Engine):
     """One step graph as an engine of either flavor. Parsing and ahead-of-time builds proven, execution not.
 
-    file:    the engine file
+    file:    the engine file, packed
     shared:  what it has in common with the other engines of its bundle, entered
     capture: run exactly so many samples, replayed as CUDA graphs where the library allows it
 
@@ -136,7 +137,7 @@ class TensorRT(Engine):
 
     def __enter__(self) -> Self:
         shared, trt = self.shared, self.shared.trt
-        engine = shared.runtime.deserialize_cuda_engine(self.file.read_bytes())
+        engine = shared.runtime.deserialize_cuda_engine(gzip.decompress(self.file.read_bytes()))
         if engine is None:
             raise BundleError(f"{self.file} cannot be loaded: {shared.logger.reason()}; {self._build()}")
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
