@@ -47,7 +47,7 @@ def analyze(
     `proposed` are those whose error is more than OUTLIER times the median: keep them, and the rest costs little.
     on_layer: told how many of how many are done. Raises what `observe` and `build` raise.
     """
-    seen = observe(adapter, selection, walk, num_values=1)
+    seen = observe(adapter, selection, walk, num_values=0)
     timesteps = torch.from_numpy(walk.table.timesteps)
     calls = sorted(set(np.linspace(0, walk.table.num_calls - 1, CALLS).round().astype(int).tolist()))
     batch = next(walk.draws(adapter))

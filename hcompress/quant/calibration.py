@@ -29,6 +29,7 @@ from hcompress_runtime.table import SolverTable
 
 CALIBRATION_STREAMS = 1 << 34  # sample numbers that neither `generate` nor a router's training reaches
 POINTS, EXPONENT = 80, 2.4  # of the search for a step size: EfficientDM, QDrop (Wei et al. 2022)
+LARGEST = 8  # one in as many of the values that are kept is one of the largest
 
 
 @final
@@ -149,17 +150,17 @@ def watched(adapter: Adapter, see: Mapping[str, Callable[[Tensor], None]]) -> It
 class Seen:
     """What reached the K inputs of a Selection.
 
-    amax:     float32[T, K], the largest absolute value; at a call that does not run an input's layers, that of the
-              nearest call that does
-    ran:      bool[T, K], which calls do
-    channels: K times float32[T, in], the largest of each channel; 0 where not run
-    values:   K times float32[T, n], drawn from all that was seen; 0 where not run
+    amax:    float32[T, K], the largest absolute value; at a call that does not run an input's layers, that of the
+             nearest call that does
+    ran:     bool[T, K], which calls do
+    values:  K times float32[T, n], some of all that was seen (`sampled`)
+    weights: K times float32[T, n], how many values each of them stands for; 0 where there is none
     """
 
     amax: Tensor
     ran: Tensor
-    channels: list[Tensor]
     values: list[Tensor]
+    weights: list[Tensor]
 
 
 def observe(
@@ -172,33 +173,47 @@ def observe(
 ) -> Seen:
     """Walk and keep what `Seen` says of every rounded input. Raises ModelError for one that is NaN, infinite or all 0.
 
-    num_values: n; of each batch an equal share, drawn with a seed of its own
+    num_values: n; of each batch an equal share, and as much again wherever layers run more than once in a call
     """
     calls, batches = walk.table.num_calls, -(-walk.samples // walk.batch)
     share = -(-num_values // batches)
     names = [selection.readers(column)[0] for column in range(selection.num_inputs)]
-    widths = [adapter.network.get_submodule(name).get_parameter("weight").shape[1] for name in names]
-    channels = [torch.zeros(calls, width) for width in widths]
-    values = [torch.zeros(calls, share * batches) for _ in widths]
-    filled = np.zeros((calls, len(names)), int)
+    amax = torch.zeros(calls, len(names))
     ran = torch.zeros(calls, len(names), dtype=torch.bool)
+    kept: list[list[list[tuple[Tensor, Tensor]]]] = [[[] for _ in range(calls)] for _ in names]
     random = torch.Generator().manual_seed(walk.seed)
 
     def see(column: int, call: int, x: Tensor) -> None:
-        flat = x.detach().flatten(0, -2)
-        absmax = flat.abs().amax(dim=0).float().cpu()
-        channels[column][call] = torch.maximum(channels[column][call], absmax)
+        flat = x.detach().flatten()
+        amax[call, column] = torch.maximum(amax[call, column], flat.abs().max().float().cpu())  # NaN stays NaN
         ran[call, column] = True
-        begin = filled[call, column]
-        if begin < values[column].shape[1]:  # a layer that runs several times in a call fills it sooner
-            picked = torch.randint(flat.numel(), (share,), generator=random).to(flat.device)
-            values[column][call, begin : begin + share] = flat.flatten()[picked].float().cpu()
-            filled[call, column] += share
+        kept[column][call].append(sampled(flat, share, random))
 
     watch(adapter, walk, {name: partial(see, column) for column, name in enumerate(names)}, on_call)
-    amax = torch.stack([rows.amax(dim=1) for rows in channels], dim=1) if channels else torch.zeros(calls, 0)
     check_amax(amax, ran, names)
-    return Seen(nearest_run(amax, ran), ran, channels, values)
+    values, weights = ([_rows([[pair[part] for pair in at] for at in each]) for each in kept] for part in (0, 1))
+    return Seen(nearest_run(amax, ran), ran, values, weights)
+
+
+def sampled(flat: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most `count` of the values `flat` [m], and how many each stands for, m in all: float32[n] both.
+
+    An eighth of them are the largest, each for itself: what a step size clips is a few values in a million, of which a
+    plain draw has none. The others are drawn and stand for all that is left.
+    """
+    if flat.numel() <= count:
+        return flat.float().cpu(), torch.ones(flat.numel())
+    largest = flat.abs().topk(count // LARGEST).indices
+    drawn = torch.randint(flat.numel(), (count - len(largest),), generator=random).to(flat.device)
+    drawn = drawn[~torch.isin(drawn, largest)]
+    each = (flat.numel() - len(largest)) / max(len(drawn), 1)
+    weights = torch.cat([torch.ones(len(largest)), torch.full((len(drawn),), each)])
+    return flat[torch.cat([largest, drawn])].float().cpu(), weights
+
+
+def _rows(pieces: list[list[Tensor]]) -> Tensor:
+    """[T, n], of each call its pieces in a row, filled up with 0."""
+    return nn.utils.rnn.pad_sequence([torch.cat([torch.zeros(0), *at]) for at in pieces], batch_first=True)
 
 
 def check_amax(amax: Tensor, ran: Tensor, names: list[str]) -> None:
@@ -228,14 +243,15 @@ def nearest_run(values: Tensor, ran: Tensor) -> Tensor:
     return values.gather(0, nearest)
 
 
-def least_error(values: Tensor, amax: Tensor, grid: Grid) -> Tensor:
-    """amax [T] with the least mean |x - Q(x)|^2.4 over values [T, n], of 80 that shrink by hundredths.
+def least_error(values: Tensor, weights: Tensor, amax: Tensor, grid: Grid) -> Tensor:
+    """amax [T] with the least sum of |x - Q(x)|^2.4, of 80 that shrink by hundredths.
 
-    EfficientDM's initialisation (He et al. 2024; its code, after QDrop).
+    values, weights: [T, n], as `sampled` gives them. EfficientDM's initialisation (He et al. 2024; its code, after
+    QDrop).
     """
     shares = 1 - 0.01 * torch.arange(POINTS)
     errors = []
     for share in shares:
         scale = (share * amax / grid.high)[:, None]
-        errors.append((values - grid.fake(values, scale)).abs().pow(EXPONENT).mean(dim=1))
+        errors.append((weights * (values - grid.fake(values, scale)).abs().pow(EXPONENT)).sum(dim=1))
     return amax * shares[torch.stack(errors).argmin(dim=0)]

@@ -277,7 +277,9 @@ def start_amax(seen: Seen, selection: Selection) -> Tensor:
     columns = []
     for column in range(selection.num_inputs):
         grid, amax = ACTIVATION_GRIDS[selection.activation(column)], seen.amax[:, column]
-        columns.append(amax if grid.high >= EIGHT_BITS else least_error(seen.values[column], amax, grid))
+        if grid.high < EIGHT_BITS:
+            amax = least_error(seen.values[column], seen.weights[column], amax, grid)
+        columns.append(amax)
     return torch.stack(columns, dim=1)
 
 

@@ -55,8 +55,9 @@ def ptq4dit(
     for column in range(selection.num_inputs):
         format = selection.formats[selection.readers(column)[0]]
         assert format.activation_grid is not None
-        ran = seen.ran[:, column]
-        amax[ran, column] = least_error(seen.values[column][ran], seen.amax[ran, column], format.activation_grid)
+        amax[:, column] = least_error(
+            seen.values[column], seen.weights[column], amax[:, column], format.activation_grid
+        )
     amax = nearest_run(amax, seen.ran)
     if settings.one_scale:
         amax = amax.amax(dim=0, keepdim=True)
