@@ -12,6 +12,7 @@ import torch
 from conftest import CFG, make_dit, make_pixart, make_table, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hcompress.adapter import Adapter
 from hcompress.errors import MissingExtra, ModelError, RecipeError
@@ -257,6 +258,22 @@ def test_modelopt_under_a_mask_knows_which_call_it_is(tiny_dit: Adapter) -> None
     """Its own step-aware calibrator counts forwards, and would be off after the first skipped branch."""
     selection, walk = select(tiny_dit, "w8a8"), walk_of(compute=random_mask(5, len(tiny_dit.graph), seed=1))
     assert torch.equal(calibrate(tiny_dit, selection, walk).amax, observe(tiny_dit, selection, walk).amax)
+
+
+def test_ranges_for_modelopt_are_where_its_weights_are() -> None:
+    """On a GPU, of which only shapes and devices are needed: SmoothQuant multiplies what both sides found."""
+    from modelopt.torch.quantization.calib import MaxCalibrator
+
+    from hcompress.quant.by_call import ByCall, Now
+
+    calibrator = ByCall("layer", Now())
+    with FakeTensorMode():
+        one = MaxCalibrator(8, -1, False)
+        one._calib_amax = torch.empty(1, 1, 4, device="cuda", dtype=torch.float16)
+        calibrator.each = {0: one, 3: one}
+        found, weight = calibrator.compute_amax(), torch.empty(8, 4, device="cuda")
+        assert found is not None and (weight.abs().amax(dim=0) / found).device.type == "cuda"
+        assert {call: range_.device.type for call, range_ in calibrator.by_call().items()} == {0: "cpu", 3: "cpu"}
 
 
 def test_without_modelopt_the_command_that_installs_it(tiny_dit: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,14 @@ class ByCall(_Calibrator):  # type: ignore[misc]  # modelopt is not typed
         self.each[self.now.call].collect(x)
 
     def by_call(self) -> dict[int, Tensor]:
-        """Float32 ranges of the calls that were seen, also after a reset."""
-        return {call: self._range(one) for call, one in (self.each or self.before).items()}
+        """Float32 ranges of the calls that were seen, on the CPU, also after a reset."""
+        return {call: self._range(one).cpu() for call, one in (self.each or self.before).items()}
 
     def compute_amax(self, *_: Any, **__: Any) -> Tensor | None:
-        """The largest of all calls, which is all that modelopt's quantizer can hold. None where none was seen."""
+        """The largest of all calls, which is all that modelopt's quantizer can hold. None where none was seen.
+
+        It stays on the device where it was seen: SmoothQuant divides the weight's range by it.
+        """
         ranges = [self._range(one) for one in self.each.values()]
         return torch.stack(ranges).amax(dim=0) if ranges else None
 
@@ -68,4 +71,4 @@ class ByCall(_Calibrator):  # type: ignore[misc]  # modelopt is not typed
             if self.percentile is None
             else one.compute_amax("percentile", percentile=self.percentile)
         )
-        return found.float().cpu()
+        return found.float()

@@ -110,7 +110,7 @@ def calibrate(
         scale = amax.reshape(layer.get_parameter("weight").shape[0], -1) / format.weight_grid.high
         weight_scales[name] = scale.clamp(min=SMALLEST_SCALE)
         if smooth and name in selection.columns:
-            multipliers[name] = quantizers[name].pre_quant_scale.float().flatten()
+            multipliers[name] = quantizers[name].pre_quant_scale.float().flatten().cpu()
     calls, names = walk.table.num_calls, [selection.readers(column)[0] for column in range(selection.num_inputs)]
     amax, ran = torch.zeros(calls, len(names)), torch.zeros(calls, len(names), dtype=torch.bool)
     for column, name in enumerate(names):
