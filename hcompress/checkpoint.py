@@ -51,8 +51,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state at `path`. Raises RunError where it cannot be read."""
+    """The state at `path`, on the CPU wherever it was made. Raises RunError where it cannot be read."""
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged zip; all mean the same to a user
         raise RunError(f"{path} cannot be read ({type(error).__name__}); delete it to start over") from error

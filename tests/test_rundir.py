@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.errors import RunError
 from hcompress.recipe import resolve
 from hcompress.rundir import open_run
@@ -99,3 +101,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     run = open_run(tmp_path, RECIPE)
     subprocess.run([sys.executable, "-c", log_then_die, tmp_path], check=False)
     assert run.records() == [{"step": 7}]
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    """A file says where each tensor was; this one says cuda:0."""
+    with monkeypatch.context() as written:
+        written.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        write_checkpoint(tmp_path / "state.pt", {"weight": torch.arange(3.0), "round": 4})
+    state = read_checkpoint(tmp_path / "state.pt")
+    assert state["weight"].device.type == "cpu" and state["weight"].tolist() == [0, 1, 2] and state["round"] == 4
