@@ -256,6 +256,8 @@ def test_a_pruned_run_is_a_model_for_every_verb(hcompress: Any, common: tuple[An
     quantized = ("--set", "quant.samples=2", "--samples", 0, "--steps", CALLS, "--cfg", CFG)
     assert hcompress("quantize", out, *quantized, "--out", tmp_path / "int8")[0] == 0
     assert load_model(str(tmp_path / "int8")).adapter.graph == loaded.adapter.graph
+    code, stdout, _ = hcompress("quantize", out, "--dry-run", "--json", "--out", tmp_path / "plan")
+    assert code == 0 and f"{CALLS} steps" in json.loads(stdout)["solver"]
     for source, name in ((out, "dense"), (trained, "cached")):
         code, stdout, _ = hcompress("export", source, "--out", tmp_path / name, "--json")
         assert code == 0 and max(json.loads(stdout)["parity"]) < 1e-4  # float32 through another runtime

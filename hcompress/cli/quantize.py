@@ -62,6 +62,7 @@ def quantize(
     from hcompress.errors import RecipeError
     from hcompress.quant.settings import EfficientDMSettings
     from hcompress.recipe import find, resolve_quant
+    from hcompress.rundir import own_flags
     from hcompress.schedule import Schedule
 
     console = Console(stderr=True)
@@ -85,8 +86,10 @@ def quantize(
         if flags["quant.method"] != "efficientdm":
             raise RecipeError(f"--with-cache distils; for {method}, quantize first and then: hcompress train {out}")
         theirs = Schedule.load(with_cache).identity
-        own = {} if recipe else {"solver.steps": theirs.solver["steps"], "cfg": theirs.cfg}
-        flags |= {key: value for key, value in own.items() if flags[key] is None}
+        its = {} if recipe else {"solver.steps": theirs.solver["steps"], "cfg": theirs.cfg}
+        flags |= {key: value for key, value in its.items() if flags[key] is None}
+    own = {} if recipe else own_flags(model)
+    flags |= {key: value for key, value in own.items() if flags[key] is None}
     if relearn or keep_schedule:
         flags["quant.relearn"] = "keep" if keep_schedule else "scratch"
     resolved = resolve_quant(find(recipe) if recipe else None, flags, sets or [])
