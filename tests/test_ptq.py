@@ -369,6 +369,25 @@ def test_the_layer_that_hurts_most_is_ranked_first(tiny_dit: Adapter) -> None:
     assert all(one.error > 0 for one in ranked)
 
 
+# ---- weights alone
+
+
+@pytest.mark.parametrize("method", ["int8-max", "int4-wo", "ptq4dit"])
+def test_weights_alone_take_no_walk(tiny_dit: Adapter, method: str) -> None:
+    """And a walk would change nothing: a weight's range is its own."""
+    from hcompress.quant import QUANTIZERS
+
+    calls: list[int] = []
+    told = PtqSettings(method=method, format="w4" if method == "int4-wo" else "w8")
+    quantized = QUANTIZERS[method](tiny_dit, walk_of(), told, calls.append)
+    assert not calls and quantized.log_scales.shape == (5, 0)
+    for name, format in select(tiny_dit, told.resolved_format).formats.items():
+        layer: Any = quantized.network.get_submodule(name)
+        weight: Any = tiny_dit.network.get_submodule(name).weight
+        want = percentile_scale(weight, format) if method == "ptq4dit" else absmax_scale(weight, format)
+        assert torch.allclose(layer.weight_scale, want, rtol=1e-6)  # one division
+
+
 # ---- what is refused
 
 

@@ -64,6 +64,11 @@ class Walk:
         if min(self.samples, self.batch) < 1:
             raise RecipeError(f"{self.samples} samples in batches of {self.batch} calibrate nothing; use at least 1")
 
+    @property
+    def num_calls(self) -> int:
+        """How many model calls it takes."""
+        return self.table.num_calls * -(-self.samples // self.batch)
+
     def draws(self, adapter: Adapter) -> Iterator[Draw]:
         """The batches. What a sample draws depends on its number alone."""
         for begin in range(0, self.samples, self.batch):
@@ -116,7 +121,9 @@ See = Callable[[int, Tensor], None]
 def watch(
     adapter: Adapter, walk: Walk, see: Mapping[str, See], on_call: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Walk, handing the input of each layer in `see` to its function, with the call's index."""
+    """Walk, handing the input of each layer in `see` to its function, with the call's index. No walk for no layer."""
+    if not see:
+        return
     current = 0
 
     def at(call: int) -> None:

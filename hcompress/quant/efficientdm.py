@@ -264,8 +264,7 @@ def student_of(
     replace_modules(copy.network, replaced)
     timesteps = torch.from_numpy(walk.table.timesteps)
     log_scales = step_log_scales(selection, amax, timesteps)
-    told = settings.model_dump(exclude_none=True, exclude={"method", "keep", "only", "modulation", "format"})
-    plan = {"method": {"name": settings.method} | told, "layers": selection.plan()}
+    plan = {"method": settings.told(), "layers": selection.plan()}
     return QuantizedAdapter(copy, log_scales, timesteps, scales, plan).to(teacher.device).eval()
 
 

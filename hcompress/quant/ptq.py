@@ -64,9 +64,8 @@ def ptq(
         weight_scales = {}  # of weights that have changed; those of modelopt hold a multiplier for each reader
     if settings.one_scale:
         amax = amax.amax(dim=0, keepdim=True)
-    method = settings.model_dump(exclude_none=True, exclude={"method", "keep", "only", "modulation", "format"})
     timesteps = torch.from_numpy(walk.table.timesteps)
-    return build(adapter, selection, amax, timesteps, {"name": settings.method} | method, weight_scales)
+    return build(adapter, selection, amax, timesteps, settings.told(), weight_scales)
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,9 @@ def convert(
     walk: Walk,
     on_call: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Make `model` modelopt's, in place, calibrated along `walk`. Returns its input quantizers, by layer.
+    """Make `model` modelopt's, in place, calibrated along `walk`, which weights alone do not need.
+
+    Returns its input quantizers, by layer.
 
     modelopt greets on stdout, where results go, and warns of versions that nobody here can change: both are dropped.
     """
@@ -162,7 +163,7 @@ def convert(
         mtq.quantize(
             model.network,
             {"quant_cfg": entries, "algorithm": algorithm},
-            lambda network: walk_through(model, walk, now.set, on_call),
+            (lambda network: walk_through(model, walk, now.set, on_call)) if selection.columns else None,
         )
     return {name: model.network.get_submodule(name).get_submodule("input_quantizer") for name in selection.columns}
 

@@ -40,7 +40,10 @@ def ptq4dit(
     settings: PtqSettings,
     on_call: Callable[[int], None] = lambda done: None,
 ) -> QuantizedAdapter:
-    """`adapter` in few bits, its inputs balanced. Walks twice. Raises ModelError as `observe` and `select` do."""
+    """`adapter` in few bits, its inputs balanced: one walk to balance, one to calibrate.
+
+    Raises ModelError as `observe` and `select` do.
+    """
     selection = select_as(adapter, settings)
     folds = folds_of(adapter, selection)
     of_weights = {column: weight_salience(adapter, fold.readers) for column, fold in folds.items()}
@@ -48,8 +51,7 @@ def ptq4dit(
     watch(adapter, walk, {fold.readers[0]: of_inputs[column].see for column, fold in folds.items()}, on_call)
     divisors = {column: (of_inputs[column].mean() / (of_weights[column] + TINY)).sqrt() for column in folds}
     adapter = balanced(adapter, folds, divisors)
-    calls = walk.table.num_calls
-    first_walk = calls * -(-walk.samples // walk.batch)
+    first_walk = walk.num_calls if folds else 0
     seen = observe(adapter, selection, walk, on_call=lambda done: on_call(first_walk + done))
     amax = seen.amax.clone()
     for column in range(selection.num_inputs):
@@ -65,8 +67,7 @@ def ptq4dit(
         name: percentile_scale(adapter.network.get_submodule(name).get_parameter("weight"), format)
         for name, format in selection.formats.items()
     }
-    method = {"name": settings.method, "one_scale": settings.one_scale, "samples": settings.samples}
-    return build(adapter, selection, amax, torch.from_numpy(walk.table.timesteps), method, scales)
+    return build(adapter, selection, amax, torch.from_numpy(walk.table.timesteps), settings.told(), scales)
 
 
 class Salience:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,24 @@ class QuantSettings(BaseModel):
         """`format`, or the method's own."""
         return self.format or DEFAULT_FORMATS.get(self.method, "w8a8")
 
+    def unused(self) -> dict[str, str]:
+        """The settings that this method, or this way of using it, ignores, each with the reason."""
+        return {}
+
+    def check_used(self) -> None:
+        """Raise RecipeError where something was set that would be ignored.
+
+        No part of validation: runs that were made while this was let pass are still read.
+        """
+        for key, reason in self.unused().items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise RecipeError(f"quant.{key} = {getattr(self, key)!r} would be ignored: {reason}")
+
+    def told(self) -> dict[str, Any]:
+        """What says how the result came to be, beside its layers' formats; JSON-able."""
+        layers = {"method", "keep", "only", "modulation", "format"}
+        return {"name": self.method} | self.model_dump(exclude_none=True, exclude=layers | self.unused().keys())
+
     @model_validator(mode="after")
     def _known_formats(self) -> Self:
         for key, name in (("format", self.format), ("modulation", self.modulation)):
@@ -60,6 +78,11 @@ class PtqSettings(QuantSettings):
     one_scale: bool = Field(False, description="one range of an input for all calls, instead of one for each")
     percentile: float = Field(99.99, gt=0, le=100, description="int8-percentile: share of values inside the range")
     alpha: float = Field(0.8, ge=0, le=1, description="int8-smoothquant: how far inputs are smoothed into weights")
+
+    def unused(self) -> dict[str, str]:
+        """What other methods go by."""
+        owners = {"percentile": "int8-percentile", "alpha": "int8-smoothquant"}
+        return {key: f"it is {owner}'s, not {self.method}'s" for key, owner in owners.items() if owner != self.method}
 
     @model_validator(mode="after")
     def _method_has_the_format(self) -> Self:
@@ -94,6 +117,14 @@ class EfficientDMSettings(QuantSettings):
     teacher: Literal["quantized", "fp"] = Field(
         "quantized", description="with_cache: whose uncached output the schedule is learned to match"
     )
+
+    def unused(self) -> dict[str, str]:
+        """What is about learning a schedule, where none is learned."""
+        if self.with_cache is None:
+            return dict.fromkeys(("refresh", "relearn", "teacher"), "there is no schedule; pass one: --with-cache FILE")
+        if self.relearn == "keep":
+            return dict.fromkeys(("refresh", "teacher"), "quant.relearn = 'keep' learns no schedule")
+        return {}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
