@@ -22,9 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hcompress.adapter import Adapter
 from hcompress.caching.harmonica import Training
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.checkpoint import resumed
+from hcompress.errors import RecipeError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.quant.calibration import Walk, observe
 from hcompress.quant.efficientdm import Distillation, start_amax, student_of
@@ -69,9 +71,10 @@ def distil(
 
     given: the schedule that it starts from; it fits `setting`
 
-    Raises ModelError where training diverges or an input has no range, RunError for a checkpoint that cannot be read.
+    Raises what `check` does, ModelError where training diverges or an input has no range, RunError for a checkpoint
+    that cannot be read.
     """
-    teacher, selection = setting.adapter, select_as(setting.adapter, settings)
+    teacher, selection = setting.adapter, check(setting.adapter, settings, given)
     walk = Walk(setting.table, setting.cfg, settings.samples, settings.batch, seed)
     if given is not None:
         walk = replace(walk, compute=given.compute)
@@ -116,6 +119,23 @@ def distil(
     identity = adapter.identity(str(run.path), setting.identity.solver, setting.cfg)
     schedule = Schedule(compute, adapter.graph.names, identity, method, training.router.logits())
     return Distilled(adapter, schedule, active_inputs(selection, compute), first)
+
+
+def check(adapter: Adapter, settings: EfficientDMSettings, given: Schedule | None) -> Selection:
+    """What will be quantized.
+
+    Raises RecipeError where no input would be, ScheduleError for a schedule from which none can be learned, what
+    `select` raises.
+    """
+    selection = select_as(adapter, settings)
+    if not selection.num_inputs:
+        raise RecipeError("efficientdm learns step sizes of inputs, and none is left; pass fewer --keep")
+    if given is not None and settings.relearn != "keep" and given.compute.all():
+        raise ScheduleError(
+            "the schedule given to --with-cache reuses nothing, so there is none to learn; leave it out, or pass "
+            "--keep-schedule"
+        )
+    return selection
 
 
 def amax_under(setting: Setting, selection: Selection, walk: Walk) -> Tensor:

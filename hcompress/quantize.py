@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
-from hcompress.distil import Report, distil
+from hcompress.adapter import Adapter
+from hcompress.distil import Report, check, distil
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import FILE, Origin, load_quantized, read_origin, save_quantized
 from hcompress.models.loading import load_model
 from hcompress.quant import QUANTIZERS
+from hcompress.quant.balance import folds_of
 from hcompress.quant.calibration import Walk
+from hcompress.quant.selection import Selection, select_as
 from hcompress.quant.settings import EfficientDMSettings, Quant
 from hcompress.recipe import QuantRecipe, SolverSettings, resolve_quant
 from hcompress.rundir import RunDir, environment, open_run
@@ -44,7 +47,8 @@ def walk_of(setting: Setting, settings: Quant, seed: int, schedule: Schedule | N
 
 
 def open_float(recipe: QuantRecipe, *, device: str = "cpu") -> Setting:
-    """The setting that is to be quantized. Raises ModelError where it is quantized already."""
+    """The setting that is to be quantized. Raises ModelError where it already is, RecipeError for a setting unused."""
+    recipe.quant.check_used()
     if (Path(recipe.model) / FILE).is_file():
         base = read_origin(Path(recipe.model) / FILE).base.model
         raise ModelError(
@@ -68,7 +72,7 @@ def quantize(
     """Quantize as `recipe` says and leave `out`/quantized.safetensors. With `resume`, it goes on or is opened.
 
     schedule:    of the float model, whose mask the calibration runs under; None: uncached, or that of the recipe
-    on_start:    gets the opened setting and the number of model calls of one walk, `on_call` how many are done
+    on_start:    gets the opened setting and the number of model calls that calibrate, `on_call` how many are done
     on_progress: told of each trajectory of a method that is trained
 
     A recipe with a schedule of its own (`with_cache`) leaves `out`/schedule.safetensors too.
@@ -85,12 +89,17 @@ def quantize(
                 f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask "
                 "(`hcompress train --reuse plain`), then fit on what came out: hcompress train RUN --reuse corrected"
             )
+    selection = (  # before there is a folder, which would be in the way of the command once it is mended
+        check(setting.adapter, settings, schedule)
+        if isinstance(settings, EfficientDMSettings)
+        else select_as(setting.adapter, settings)
+    )
     run = open_run(out, recipe, resume=resume)
     if isinstance(settings, EfficientDMSettings):
         on_start(setting, 0)
         return _distil(setting, settings, recipe.seed, run, schedule, on_progress)
     walk = walk_of(setting, settings, recipe.seed, schedule)
-    on_start(setting, setting.table.num_calls * -(-walk.samples // walk.batch))
+    on_start(setting, num_calls(setting.adapter, selection, settings.method, walk))
     if resume and run.quantized.is_file():
         adapter = load_quantized(run.quantized, setting.adapter)
     else:
@@ -98,6 +107,12 @@ def quantize(
         adapter.plan["solver"] = setting.identity.solver
         save_quantized(adapter, setting.adapter, origin_of(setting, adapter, schedule), run.quantized)
     return Quantized(setting, with_adapter(setting, adapter, str(out)))
+
+
+def num_calls(adapter: Adapter, selection: Selection, method: str, walk: Walk) -> int:
+    """How many model calls calibrate: none where no input is rounded; PTQ4DiT walks twice where it can balance."""
+    balances = method == "ptq4dit" and bool(folds_of(adapter, selection))
+    return walk.num_calls * (1 + balances) if selection.num_inputs else 0
 
 
 def _distil(
@@ -120,10 +135,20 @@ def origin_of(setting: Setting, adapter: QuantizedAdapter, schedule: Schedule | 
     return Origin(setting.identity, adapter.plan, environment()["packages"], fingerprint)
 
 
-def resample(model: str, solver: str, steps: int, cfg: float, out: Path) -> Setting:
-    """A quantized MODEL for another solver or number of steps, in `out`: each call has the nearest timestep's sizes.
+@dataclass(frozen=True)
+class Resampled:
+    """A quantized model on the calls of another solver, over `base`, the float model it came from."""
 
-    Raises ModelError for a model that is not quantized, RunError where `out` is not empty.
+    base: Adapter
+    adapter: QuantizedAdapter
+    origin: Origin
+
+
+def resampled(model: str, solver: str, steps: int) -> Resampled:
+    """A quantized MODEL for another solver or number of steps: each call has the nearest timestep's step sizes.
+
+    Raises ModelError for a model that is not quantized, ScheduleError for one that was made for a schedule of another
+    number of calls: there is none that it could run under.
     """
     file = Path(model) / FILE
     if not file.is_file():
@@ -133,12 +158,23 @@ def resample(model: str, solver: str, steps: int, cfg: float, out: Path) -> Sett
     adapter = load_quantized(file, base.adapter)
     scheduler = make_scheduler(solver, base.scheduler_config)
     timesteps = torch.from_numpy(probe(scheduler, steps).timesteps).float()
+    if origin.schedule is not None and len(timesteps) != len(adapter.timesteps):
+        raise ScheduleError(
+            f"{model} was made for a schedule of {len(adapter.timesteps)} calls, which no run of {len(timesteps)} can "
+            f"have; train one on {origin.base.model} at {steps} steps, then quantize that with --with-cache"
+        )
     nearest = (timesteps[:, None] - adapter.timesteps).abs().argmin(dim=1)
     plan = adapter.plan | {"solver": dict(solver_identity(scheduler, steps)), "resampled": origin.plan["solver"]}
     taken = QuantizedAdapter(adapter.original, adapter.log_scales.detach()[nearest], timesteps, adapter.scales, plan)
-    recipe = recipe_of(RunDir(Path(model)), solver, steps, cfg)
-    run = open_run(out, recipe)
-    save_quantized(taken, base.adapter, replace(origin, plan=plan), run.quantized)
+    return Resampled(base.adapter, taken, replace(origin, plan=plan))
+
+
+def resample(model: str, solver: str, steps: int, cfg: float, out: Path, *, resume: bool = False) -> Setting:
+    """`resampled` as a MODEL in `out`. Raises what that does, and RunError where `out` cannot be used."""
+    made = resampled(model, solver, steps)
+    run = open_run(out, recipe_of(RunDir(Path(model)), solver, steps, cfg), resume=resume)
+    if not run.quantized.is_file():
+        save_quantized(made.adapter, made.base, made.origin, run.quantized)
     return open_setting(str(out), solver, steps, cfg)
 
 

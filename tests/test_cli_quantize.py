@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import CALLS, CFG, make_dit, random_mask
 from PIL import Image
 
 from hcompress.errors import ModelError, RecipeError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
+from hcompress.lowbit.artefact import read_origin
 from hcompress.models.loading import load_model
-from hcompress.quantize import quantize
+from hcompress.quantize import quantize, resample
 from hcompress.recipe import resolve_any, resolve_quant
 from hcompress.schedule import Schedule
 from hcompress.setting import open_setting
@@ -162,6 +164,70 @@ def test_another_grid_is_refused_until_it_is_resampled(hcompress: Any, run: Path
     assert then.log_scales.shape[0] == 7
     for timestep, row in zip(then.timesteps, then.log_scales, strict=True):
         assert torch.equal(row, first.log_scales[(first.timesteps - timestep).abs().argmin()])
+    before = (out / "quantized.safetensors").stat().st_mtime_ns
+    again = ("quantize", run, "--resample-steps", "--steps", 7, "--out", out)
+    assert "is not empty; pass --resume" in line(hcompress(*again)[2])
+    assert hcompress(*again, "--resume")[0] == 0
+    assert (out / "quantized.safetensors").stat().st_mtime_ns == before
+    plan = ("quantize", run, "--resample-steps", "--steps", 9, "--dry-run", "--json", "--out", tmp_path / "plan")
+    assert json.loads(hcompress(*plan)[1])["steps"] == 9
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--method", "fp8"), ("--set", "quant.samples=2"), ("--keep", "*"), ("--analyze",), ("--samples", 9)]
+)
+def test_flags_without_meaning_beside_resampling_are_refused(
+    hcompress: Any, run: Path, tmp_path: Path, flags: tuple[Any, ...]
+) -> None:
+    code, _, stderr = hcompress("quantize", run, "--resample-steps", *flags, "--out", tmp_path / "q")
+    assert code == 1 and line(stderr).startswith(f"error: {flags[0]} has no meaning with --resample-steps")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_model_for_a_schedule_is_not_resampled_to_calls_that_schedule_cannot_have(
+    tiny_run: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe = resolve_quant(None, {"model": str(model), "solver.steps": CALLS, "cfg": CFG, "quant.samples": 1})
+    quantize(recipe, tmp_path / "q", schedule=Schedule.load(tiny_run / "schedule.safetensors"))
+    with pytest.raises(ScheduleError, match=r"was made for a schedule of 5 calls, which no run of 7 can have"):
+        resample(str(tmp_path / "q"), "ddim", 7, CFG, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert resample(str(tmp_path / "q"), "dpm++", CALLS, CFG, tmp_path / "other").table.num_calls == CALLS
+
+
+@pytest.mark.parametrize("method", ["int8-max", "efficientdm"])
+def test_what_is_refused_leaves_no_folder_in_the_way(hcompress: Any, model: Path, tmp_path: Path, method: str) -> None:
+    small = ("--set", "quant.samples=1", "--set", "quant.batch=1", "--samples", 0)
+    small += ("--set", f"quant.updates={CALLS}") if method == "efficientdm" else ()
+    command = ("quantize", model, "--method", method, "--steps", CALLS, *small, "--out", tmp_path / "q")
+    assert hcompress(*command, "--keep", "*attention*")[0] == 1
+    assert hcompress(*command, "--keep", "*attn1*")[0] == 0
+
+
+@pytest.mark.parametrize("asked", ["percentile=99.0", "alpha=0.5"])
+def test_a_setting_of_another_method_is_refused_but_read_in_a_run_that_has_it(
+    hcompress: Any, run: Path, model: Path, tmp_path: Path, asked: str
+) -> None:
+    command = ("quantize", model, "--steps", CALLS, "--out", tmp_path / "q", "--set", f"quant.{asked}")
+    assert f"quant.{asked.replace('=', ' = ')} would be ignored: it is int8-" in line(hcompress(*command)[2])
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    recipe, (key, value) = yaml.safe_load((old / "recipe.yaml").read_text()), asked.split("=")
+    recipe["quant"][key] = float(value)
+    (old / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert hcompress("generate", old, "--labels", "0", "--out", tmp_path / "p.png")[0] == 0
+
+
+def test_a_plan_holds_what_the_method_goes_by(model: Path, tmp_path: Path) -> None:
+    common = {"model": str(model), "solver.steps": CALLS, "quant.samples": 1}
+    told = {}
+    for method in ("int8-max", "int8-percentile", "int8-smoothquant", "ptq4dit"):
+        quantize(resolve_quant(None, common | {"quant.method": method}), tmp_path / method)
+        told[method] = read_origin(tmp_path / method / "quantized.safetensors").plan["method"].keys()
+    assert told["int8-percentile"] - told["int8-max"] == {"percentile"}
+    assert told["int8-smoothquant"] - told["int8-max"] == {"alpha"}
+    assert told["ptq4dit"] == told["int8-max"] == {"name", "one_scale", "samples", "batch"}
 
 
 # ---- what is refused, in one line

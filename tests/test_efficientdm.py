@@ -425,14 +425,26 @@ REFUSED = {
     "another method": (["--method", "int8-max"], "train"),
     "format": (["--method", "efficientdm", "--format", "fp8"], "w8a8"),
     "another model's": ([], "learned on"),
+    "no input": (["--keep", "*attn1*", "--keep", "*.ff.*"], "learns step sizes of inputs, and none is left"),
+    "nothing reused": ([], "reuses nothing, so there is none to learn"),
+    "relearned and kept": (["--relearn", "--keep-schedule"], "--keep-schedule forgoes; pass one"),
+    "a teacher of none": (["--teacher", "quantized", "--keep-schedule"], "--keep-schedule forgoes; pass one"),
+    "refreshed and kept": (["--keep-schedule"], "quant.refresh = 8 would be ignored"),
+    "refresh of none": (["--method", "efficientdm"], "quant.refresh = 8 would be ignored"),
 }
+UNCACHED = ("no schedule to relearn", "refresh of none")
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_that_says_the_fix(model, schedule, together, here, tmp_path, case):
     extra, expected = REFUSED[case]
     file = together[0] / "schedule.safetensors" if case == "another model's" else schedule
-    cached = [] if case == "no schedule to relearn" else ["--with-cache", str(file)]
+    if case == "nothing reused":
+        whole = Schedule.load(schedule)
+        file = tmp_path / "whole.safetensors"
+        replace(whole, compute=np.ones_like(whole.compute), logits=None).save(file)
+    cached = [] if case in UNCACHED else ["--with-cache", str(file)]
     code, stderr = here(*arguments(model, tmp_path / "run"), *cached, *extra)
     assert code == 1
     assert expected in stderr and len(stderr.strip().splitlines()) == 1, stderr
+    assert not (tmp_path / "run").exists()

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 SHOWN = ("psnr_db", "ssim", "relative_l2", "fd64", "accuracy", "precision", "recall", "megabytes")
 
 
+RESAMPLING = {"model", "out", "solver", "steps", "cfg", "resample_steps", "resume", "dry_run", "as_json"}
+
+
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Run folder; it is a MODEL from then on.", show_default=False)],
     method: Annotated[
@@ -67,7 +71,10 @@ def quantize(
 
     console = Console(stderr=True)
     if resample_steps:
-        return _resample(model, solver, steps, cfg, out, as_json)
+        _refuse_others(context, RESAMPLING, "--resample-steps")
+        made = _resample(model, solver, steps, cfg, out, resume, dry_run)
+        print(json.dumps(made) if as_json else made.get("out") or "\n".join(f"{k:22} {v}" for k, v in made.items()))
+        return
     flags: dict[str, Any] = {
         "model": model,
         "solver.name": solver,
@@ -90,6 +97,9 @@ def quantize(
         flags |= {key: value for key, value in its.items() if flags[key] is None}
     own = {} if recipe else own_flags(model)
     flags |= {key: value for key, value in own.items() if flags[key] is None}
+    if keep_schedule and (relearn or teacher):
+        other = "--relearn" if relearn else "--teacher"
+        raise RecipeError(f"{other} is about learning a schedule, which --keep-schedule forgoes; pass one of the two")
     if relearn or keep_schedule:
         flags["quant.relearn"] = "keep" if keep_schedule else "scratch"
     resolved = resolve_quant(find(recipe) if recipe else None, flags, sets or [])
@@ -110,7 +120,7 @@ def quantize(
             out,
             resume=resume,
             device=device,
-            on_start=lambda setting, calls: bars.update(task, total=calls * _walks(resolved.quant.method)),
+            on_start=lambda setting, calls: bars.update(task, total=calls),
             on_call=lambda done: bars.update(task, completed=done),
         )
         if samples:
@@ -192,11 +202,6 @@ def _print_with_cache(rows: dict[str, dict[str, float]], title: str) -> None:
     Console().print(table)
 
 
-def _walks(method: str) -> int:
-    """How often a method walks the trajectory."""
-    return 2 if method == "ptq4dit" else 1
-
-
 def _bars(console: Console) -> Any:
     from rich.progress import Progress
 
@@ -220,7 +225,7 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
     from hcompress.errors import AbsentModel
     from hcompress.quant.selection import select_as
     from hcompress.quant.settings import EfficientDMSettings
-    from hcompress.quantize import open_float, walk_of
+    from hcompress.quantize import num_calls, open_float, walk_of
     from hcompress.report.forecast import outline
 
     try:
@@ -239,7 +244,7 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
         "inputs": selection.num_inputs,
         "quantized_weights": selection.num_weights(setting.adapter),
         "all_weights": setting.adapter.graph.total_params,
-        "model_calls": _walks(recipe.quant.method) * setting.table.num_calls * -(-walk.samples // walk.batch),
+        "model_calls": num_calls(setting.adapter, selection, recipe.quant.method, walk),
     }
     if isinstance(recipe.quant, EfficientDMSettings):
         plan |= {"updates": recipe.quant.updates, "noises_an_update": recipe.quant.batch}
@@ -291,12 +296,27 @@ def _analyze(recipe: QuantRecipe, out: Path, device: str, resume: bool, console:
     print(picture)
 
 
-def _resample(model: str, solver: str | None, steps: int | None, cfg: float | None, out: Path, as_json: bool) -> None:
-    from hcompress.quantize import resample
+def _resample(
+    model: str, solver: str | None, steps: int | None, cfg: float | None, out: Path, resume: bool, dry_run: bool
+) -> dict[str, Any]:  # fmt: skip
+    """What came of it, or would."""
+    from hcompress.quantize import resample, resampled
     from hcompress.rundir import own_flags
 
     own = own_flags(model)
     solver, steps = solver or own.get("solver.name", "ddim"), steps or own.get("solver.steps", 20)
-    setting = resample(model, solver, steps, cfg if cfg is not None else own.get("cfg", 1.5), out)
-    result = {"out": str(out), "solver": setting.identity.solver["class"], "steps": steps}
-    print(json.dumps(result) if as_json else out)
+    if dry_run:
+        plan = resampled(model, solver, steps).adapter.plan
+        return {"model": model, "solver": plan["solver"]["class"], "steps": steps, "of": plan["resampled"]["steps"]}
+    setting = resample(model, solver, steps, cfg if cfg is not None else own.get("cfg", 1.5), out, resume=resume)
+    return {"out": str(out), "solver": setting.identity.solver["class"], "steps": steps}
+
+
+def _refuse_others(context: typer.Context, known: set[str], flag: str) -> None:
+    """Raise RecipeError where the command line holds a flag that has no meaning beside `flag`."""
+    from hcompress.errors import RecipeError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in known and source is not None and source.name == "COMMANDLINE":
+            raise RecipeError(f"{parameter.opts[0]} has no meaning with {flag}; leave it out")
