@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from hcompress.checkpoint import read_checkpoint, write_checkpoint
+from hcompress.checkpoint import read_checkpoint, resumed, write_checkpoint
 from hcompress.errors import RunError
 from hcompress.recipe import resolve
 from hcompress.rundir import open_run
@@ -110,3 +113,57 @@ def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
         write_checkpoint(tmp_path / "state.pt", {"weight": torch.arange(3.0), "round": 4})
     state = read_checkpoint(tmp_path / "state.pt")
     assert state["weight"].device.type == "cpu" and state["weight"].tolist() == [0, 1, 2] and state["round"] == 4
+
+
+@dataclass(frozen=True)
+class Round:
+    round: int
+
+
+class Counter:
+    """A stage of 40 rounds of a millisecond, whose state takes `slow` seconds to write."""
+
+    def __init__(self, slow=0.0, on_round=lambda number: None):
+        self.done, self.slow, self.on_round, self.written = 0, slow, on_round, []
+
+    def run(self):
+        while self.done < 40:
+            time.sleep(0.001)
+            self.on_round(self.done + 1)
+            self.done += 1
+            yield Round(self.done)
+
+    def state(self):
+        time.sleep(self.slow)
+        self.written.append(self.done)
+        return {"done": self.done}
+
+    def restore(self, state):
+        self.done = state["done"]
+
+
+def test_checkpoints_that_are_slow_to_write_are_written_seldom_and_the_last_always(tmp_path):
+    slow = Counter(slow=0.05)  # a second to the next, in which the 40 rounds are over on any machine but a stalled one
+    assert len(list(resumed(open_run(tmp_path, RECIPE), "stage", slow, slow.run()))) == 40
+    assert slow.written[0] == 1 and slow.written[-1] == 40 and len(slow.written) < 10
+    assert read_checkpoint(tmp_path / "stage.pt") == {"done": 40}
+
+
+def test_ctrl_c_ends_the_round_writes_it_down_and_raises(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        run = open_run(tmp_path, RECIPE)
+        stopped = Counter(0.05, lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 17 else None)
+        with pytest.raises(KeyboardInterrupt):
+            list(resumed(run, "stage", stopped, stopped.run()))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert read_checkpoint(tmp_path / "stage.pt") == {"done": 17}
+        again = Counter()
+        assert [done.round for done in resumed(run, "stage", again, again.run())] == list(range(18, 41))
+        assert [record["round"] for record in run.records()] == list(range(1, 41))
+        twice = Counter(0.05, lambda number: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+        with pytest.raises(KeyboardInterrupt):
+            list(resumed(run, "other", twice, twice.run()))
+        assert not (tmp_path / "other.pt").exists()  # at once: the round that was under way may be half done
+    finally:
+        signal.signal(signal.SIGINT, before)
