@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,20 @@ import numpy as np
 import torch
 
 from hcompress.adapter import Adapter
-from hcompress.checkpoint import read_checkpoint, resumed
-from hcompress.errors import ModelError
+from hcompress.checkpoint import resumed
+from hcompress.errors import ModelError, RunError
 from hcompress.images import ImageStream, open_images
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.process import Process, at
 from hcompress.prune.finetune import STREAMS, FineTune, Progress
+from hcompress.prune.parts import in_parts
 from hcompress.prune.settings import PruneSettings
 from hcompress.prune.taylor import importance, most_important, ratios_for
 from hcompress.pruned import FILE, Kept, Widths, load_pruned, narrowed, save_pruned
 from hcompress.recipe import PruneRecipe
 from hcompress.rundir import RunDir, open_run
 from hcompress.setting import Setting, setting_of, with_adapter
+from hcompress_runtime.files import write_atomically
 from hcompress_runtime.noise import gaussian
 
 STAGE = "finetune"
@@ -64,24 +69,28 @@ def prune(
     on_progress: told of each round of the fine-tune
     on_broken:   told of each image that cannot be read
 
-    Raises RunError where `out` cannot be used, ModelError, DataError for images, MissingExtra without torch-pruning.
+    Raises RunError where `out` cannot be used and in one of several processes, ModelError, DataError for images,
+    MissingExtra without torch-pruning.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RunError(f"pruning runs in one process, and this is one of {processes}; start it without a launcher")
     setting, settings = open_original(recipe, device=device), recipe.prune
-    run = open_run(out, recipe, resume=resume)
-    if run.pruned.is_file():
+    if resume and RunDir(out).pruned.is_file():
+        run = open_run(out, recipe, resume=True)
         return Pruned(setting, with_adapter(setting, load_pruned(run.pruned, setting.adapter), str(out)))
     images = open_images(setting, recipe.seed, settings.images, on_broken)
+    run = open_run(out, recipe, resume=resume)
     process = whole_process(setting)
-    checkpoint = run.path / f"{STAGE}.pt"
-    if checkpoint.is_file():
-        kept = read_checkpoint(checkpoint)["kept"]
+    file = kept_of(out)
+    if file.is_file():
+        kept = read_kept(file)
     else:
-        run.rewind(0)  # killed before the first checkpoint, a run starts over
+        run.rewind(0)  # killed before importance was found, a run starts over
         kept = find_kept(setting, images, process, recipe, run, on_taylor)
+        write_atomically(file, json.dumps([[list(heads), list(units)] for heads, units in kept]).encode())
     tuning = FineTune(
         setting.adapter,
         narrowed(setting.adapter, kept),
-        kept,
         process,
         lambda first, count: images.batch(settings.calibration + first, count, flip=settings.flip),
         settings,
@@ -91,9 +100,23 @@ def prune(
     )
     for progress in resumed(run, STAGE, tuning, tuning.run()):
         on_progress("fine-tune", tuning.rounds, progress)
+    run.rewind(1 + tuning.rounds)  # what a kill left between this line and the model
     run.log({"stage": "pruned", "images": images.count, "images_skipped": len(images.broken)})
     save_pruned(tuning.pruned, recipe.model, run.pruned)
     return Pruned(setting, with_adapter(setting, tuning.pruned, str(out)))
+
+
+def kept_of(out: Path) -> Path:
+    """The file of a run that says which heads and units stay, once that is known."""
+    return out / "kept.json"
+
+
+def read_kept(file: Path) -> Kept:
+    """What stays, as `file` says. Raises RunError where it is damaged."""
+    try:
+        return [([*map(int, heads)], [*map(int, units)]) for heads, units in json.loads(file.read_bytes())]
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{file} cannot be read ({error}); delete it to start over") from error
 
 
 def whole_process(setting: Setting) -> Process:
@@ -113,7 +136,8 @@ def find_kept(
     """What stays, by Taylor importance on the first images of the run; how many steps it took is logged."""
     settings, adapter = recipe.prune, setting.adapter
     ratios = ratios_of(adapter, settings)
-    x0, classes = images.batch(0, settings.calibration, flip=False)
+    read = partial(images.batch, flip=False)
+    x0, classes = in_parts(read, 0, settings.calibration, settings.micro_batch)
     streams = range(STREAMS - settings.calibration, STREAMS)
     noise = torch.from_numpy(gaussian(recipe.seed, streams, tuple(x0.shape[1:]))).to(x0.device)
     rng = np.random.default_rng(recipe.seed)
@@ -124,9 +148,10 @@ def find_kept(
         steps.append(loss)
         on_taylor(step, len(process.alpha), loss)
 
-    kept = most_important(
-        importance(adapter, process, x0, condition, noise, settings.threshold, on_step), ratios, settings.multiple
+    found = importance(
+        adapter, process, x0, condition, noise, settings.threshold, on_step, micro_batch=settings.micro_batch
     )
+    kept = most_important(found, ratios, settings.multiple)
     run.log({"stage": "taylor", "steps": len(steps), "highest_loss": max(steps), "ratios": ratios} | widths_of(kept))
     return kept
 

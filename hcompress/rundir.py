@@ -7,6 +7,7 @@ RUN/checkpoint.pt          all that a resumed run needs, replaced atomically; of
 RUN/schedule.safetensors   the result of training
 RUN/heatmap.png            and a picture of it
 RUN/quantized.safetensors  the result of quantizing, which makes the folder a MODEL
+RUN/kept.json              of pruning, what stays, once that is known
 RUN/pruned.safetensors     the result of pruning, which does likewise
 """
 

@@ -26,6 +26,7 @@ from hcompress.prune.settings import PruneSettings
 from hcompress.prune.taylor import _speedup, importance, most_important, ratios_for, uniform
 from hcompress.pruned import Widths, load_pruned, narrowed, read_base, save_pruned
 from hcompress.recipe import resolve_prune
+from hcompress.report.progress import StagesDisplay
 from hcompress.rundir import RunDir
 from hcompress.setting import open_setting
 from hcompress.solver import make_scheduler, probe
@@ -173,17 +174,47 @@ def test_a_network_of_another_kind_is_refused() -> None:
         Widths.of(make_uvit().network)
 
 
-def tuning(adapter: Adapter, updates: int) -> FineTune:
-    settings = PruneSettings(ratio=0.5, updates=updates, batch=4, lr=1e-3)
+def tuning(adapter: Adapter, updates: int, **changes: Any) -> FineTune:
+    settings = PruneSettings(**{"ratio": 0.5, "updates": updates, "batch": 4, "lr": 1e-3} | changes)
     pixels = torch.randn(64, *adapter.sample_shape, generator=torch.Generator().manual_seed(2)) / 3
-    classes = None if "prompt_embeds" in adapter.conditions else [number % 5 for number in range(4)]
+    labelled = "prompt_embeds" not in adapter.conditions
 
     def batch(first: int, count: int) -> tuple[Tensor, list[int] | None]:
-        return pixels[[number % 64 for number in range(first, first + count)]], classes
+        numbers = range(first, first + count)
+        return pixels[[number % 64 for number in numbers]], [number % 5 for number in numbers] if labelled else None
 
     table = probe(make_scheduler("ddim", {"num_train_timesteps": STEPS, "clip_sample": False}), 3)
     pruned = narrowed(adapter, KEPT)
-    return FineTune(adapter, pruned, KEPT, PROCESS, batch, settings, table, CFG, seed=0)
+    return FineTune(adapter, pruned, PROCESS, batch, settings, table, CFG, seed=0)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_a_batch_in_parts_is_the_same_batch(adapter: Adapter, micro_batch: int) -> None:
+    whole, parts = tuning(adapter, 1), tuning(adapter, 1, micro_batch=micro_batch)
+    assert sum(1 for _ in parts.losses(0)) == -(-4 // micro_batch)
+    assert sum(part.item() for part in parts.losses(0)) == pytest.approx(next(whole.losses(0)).item(), rel=1e-5)
+    gradients = []
+    for one in (whole, parts):
+        for parameter in one.parameters:
+            parameter.requires_grad_(True)
+        for part in one.losses(0):
+            part.backward()
+        gradients.append([parameter.grad for parameter in one.parameters])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)  # sums of float32 in another order
+    x, condition = inputs(adapter)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    told: list[list[float]] = [[], []]
+    found = [
+        importance(
+            adapter, PROCESS, x, condition, noise, 0.99, lambda step, loss, to=to: to.append(loss), micro_batch=size
+        )
+        for to, size in zip(told, (None, micro_batch), strict=True)
+    ]
+    assert told[0] == pytest.approx(told[1], rel=1e-5) and 0 < len(told[0]) < STEPS  # the last does not count
+    for before, after in zip(*found, strict=True):
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)  # as above
 
 
 def test_a_fine_tune_learns_and_a_resumed_one_is_the_same(adapter: Adapter) -> None:
@@ -230,7 +261,7 @@ def test_a_pruned_run_is_a_model_for_every_verb(hcompress: Any, common: tuple[An
     assert code == 0 and stderr.count("broken.png cannot be read") == 1
     assert figures["mac_ratio"] > 1.2 and figures["params"] < figures["params_before"]
     assert {file.name for file in out.iterdir()} == {
-        *("recipe.yaml", "env.json", "metrics.jsonl", "finetune.pt", "pruned.safetensors", "quality.json")
+        *("recipe.yaml", "env.json", "metrics.jsonl", "kept.json", "finetune.pt", "pruned.safetensors", "quality.json")
     }
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["stage"] for record in records] == ["taylor", "finetune", "finetune", "pruned"]
@@ -281,15 +312,52 @@ def test_a_killed_run_goes_on_to_the_same_model(hcompress: Any, common: tuple[An
     (killed / "pruned.safetensors").unlink()
     assert hcompress("prune", *common, "--out", killed, "--resume")[0] == 0  # of a finished fine-tune nothing is left
     assert (killed / "pruned.safetensors").read_bytes() == (whole / "pruned.safetensors").read_bytes()
-    for file in ("pruned.safetensors", "finetune.pt"):
-        (killed / file).unlink()
-    assert hcompress("prune", *common, "--out", killed, "--resume")[0] == 0  # of one without a checkpoint, everything
-    assert (killed / "pruned.safetensors").read_bytes() == (whole / "pruned.safetensors").read_bytes()
+    lost = ("pruned.safetensors", "finetune.pt", "kept.json")
+    for count in (2, 3):  # what was found to stay is not found again, unless that is lost too
+        for file in lost[:count]:
+            (killed / file).unlink()
+        assert hcompress("prune", *common, "--out", killed, "--resume")[0] == 0
+        assert (killed / "pruned.safetensors").read_bytes() == (whole / "pruned.safetensors").read_bytes()
     told = [
         [{name: record.get(name) for name in ("stage", "round", "loss")} for record in RunDir(run).records()]
         for run in (killed, whole)
     ]
     assert told[0] == told[1]  # what it took besides, in seconds and bytes, is never the same twice
+
+
+def test_interrupted_it_says_what_is_kept_and_importance_is_not_measured_twice(
+    hcompress: Any, common: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done = tmp_path / "stopped", StagesDisplay.count
+
+    def stop_in(wanted: str) -> Any:
+        def count(self: StagesDisplay, stage: str, *rest: Any) -> None:
+            if stage == wanted:
+                raise KeyboardInterrupt
+            done(self, stage, *rest)
+
+        return count
+
+    for stage, said in (("importance", "importance is measured from the start"), ("fine-tune", "goes on from there")):
+        with monkeypatch.context() as pressed:
+            pressed.setattr(StagesDisplay, "count", stop_in(stage))
+            code, _, stderr = hcompress("prune", *common, "--out", out, "--resume")
+        assert code == 130 and "--resume" in stderr.splitlines()[-1] and said in stderr.splitlines()[-1]
+    with monkeypatch.context() as pressed:
+        pressed.setattr(StagesDisplay, "count", stop_in("importance"))
+        assert hcompress("prune", *common, "--out", out, "--resume")[0] == 0
+    assert [record["stage"] for record in RunDir(out).records()] == ["taylor", "finetune", "finetune", "pruned"]
+
+
+def test_what_is_refused_leaves_no_folder_in_the_way(
+    hcompress: Any, common: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, stderr = hcompress("prune", *common, "--images", tmp_path / "absent", "--out", tmp_path / "out")
+    assert code == 1 and "absent" in stderr and not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, stderr = hcompress("prune", *common, "--out", tmp_path / "out")
+    assert code == 1 and "pruning runs in one process, and this is one of 2" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_says_what_stays_and_writes_nothing(hcompress: Any, common: tuple[Any, ...], tmp_path: Path) -> None:

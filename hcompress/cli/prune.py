@@ -59,7 +59,7 @@ def prune(
     resolved = resolve_prune(find(recipe) if recipe else None, flags, sets or [])
     if dry_run:
         return _print_plan(resolved, device, as_json)
-    from hcompress.pruning import figures_of
+    from hcompress.pruning import figures_of, kept_of
     from hcompress.pruning import prune as run
     from hcompress.report.progress import StagesDisplay
     from hcompress.report.quality import against_original
@@ -78,7 +78,8 @@ def prune(
                 on_broken=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
             )
     except KeyboardInterrupt:
-        print(f"stopped; all but the last updates are in {out}: add --resume to go on", file=sys.stderr)
+        left = "the fine-tune goes on from there" if kept_of(out).is_file() else "importance is measured from the start"
+        print(f"stopped; add --resume to go on in {out}: {left}", file=sys.stderr)
         raise typer.Exit(130) from None
     figures: dict[str, Any] = figures_of(made.original.adapter, made.pruned.adapter)
     if samples:

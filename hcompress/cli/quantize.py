@@ -162,7 +162,7 @@ def _distil(
         with StagesDisplay() as display:
             made = run(recipe, out, resume=resume, device=device, on_progress=display.show)
     except KeyboardInterrupt:
-        print(f"stopped; all but the last trajectory is in {out}: add --resume to go on", file=sys.stderr)
+        print(f"stopped; add --resume to go on in {out} from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     figures: dict[str, Any] = {}
     title = f"{recipe.model}, efficientdm {settings.resolved_format}, {samples} samples, seed {recipe.seed}"

@@ -13,7 +13,7 @@ All chance comes from streams numbered by update, so a resumed run draws what an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -26,8 +26,8 @@ from torch.nn import functional
 from hcompress.adapter import Adapter, compute_all
 from hcompress.errors import ModelError
 from hcompress.process import Process
+from hcompress.prune.parts import Batch, in_parts, parts_of
 from hcompress.prune.settings import PruneSettings
-from hcompress.pruned import Kept
 from hcompress.sampling import sample, solver_noises, start_noise
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.table import SolverTable
@@ -37,9 +37,6 @@ STEP, LABEL = 1, 2  # uses of chance
 ROUND, SCORING_PERIOD, SCORED = 20, 10, 4  # updates a round, rounds between scorings, samples of one
 FROZEN = ".emb."  # in the names of the embedders' parameters
 TINY = 1e-20
-
-Batch = Callable[[int, int], tuple[Tensor, list[int] | None]]
-"""(first, count) -> images [count, C, H, W] of an endless order, and their classes where they are known."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,12 @@ class Progress:
 
 @final
 class FineTune:
-    """One run: `pruned` is trained in place. It was narrowed from `original` to `kept`; process: at every timestep."""
+    """One run: `pruned`, narrowed from `original`, is trained in place. process: at every timestep of the training."""
 
     def __init__(
         self,
         original: Adapter,
         pruned: Adapter,
-        kept: Kept,
         process: Process,
         images: Batch,
         settings: PruneSettings,
@@ -72,7 +68,7 @@ class FineTune:
         cfg: float,
         seed: int,
     ) -> None:
-        self.original, self.pruned, self.kept, self.process, self.images = original, pruned, kept, process, images
+        self.original, self.pruned, self.process, self.images = original, pruned, process, images
         self.settings, self.table, self.cfg, self.seed, self.round = settings, table, cfg, seed, 0
         for module in pruned.network.modules():  # those that pruning left alone are the original's own
             for name, parameter in module.named_parameters(recurse=False):
@@ -104,20 +100,25 @@ class FineTune:
         """One optimiser step. Returns its loss."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        loss = self.loss(number)
         self.optimizer.param_groups[0]["lr"] = self.settings.lr * self.rate(number)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = 0.0
+        for part in self.losses(number):
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
-        return loss.item()
+        return loss
 
-    def loss(self, number: int) -> Tensor:
-        """That of update `number`; images of one update are at one timestep each, drawn apart."""
+    def losses(self, number: int) -> Iterator[Tensor]:
+        """The loss of update `number` in parts, one for each micro-batch, whose sum it is.
+
+        Images of one update are at one timestep each, drawn apart. What is drawn does not depend on the parts.
+        """
         batch, adapter = self.settings.batch, self.pruned
-        x0, classes = self.images(number * batch, batch)
+        x0, classes = in_parts(self.images, number * batch, batch, self.settings.micro_batch)
         streams = range(STREAMS + number * batch, STREAMS + (number + 1) * batch)
         noise = torch.from_numpy(gaussian(self.seed, streams, tuple(x0.shape[1:]))).to(x0.device)
         rng = self.rng(streams[0], LABEL)
@@ -125,15 +126,18 @@ class FineTune:
         steps = self.rng(streams[0], STEP).integers(len(self.process.alpha), size=batch)
         rows = [self.process.noised(step, x0[i], noise[i]) for i, step in enumerate(steps)]
         targets = torch.stack([self.process.target(step, x0[i], noise[i]) for i, step in enumerate(steps)])
-        constants = adapter.step_constants(torch.from_numpy(steps).float().to(x0.device))
-        x, channels = torch.stack(rows), x0.shape[1]
-        output = adapter(x, condition, constants, compute_all)
-        loss = functional.mse_loss(output[:, :channels], targets)
-        if output.shape[1] > channels:
-            with torch.no_grad():
-                before = self.original(x, condition, constants, compute_all)
-            loss = loss + functional.mse_loss(output[:, channels:], before[:, channels:])
-        return loss
+        timesteps = torch.from_numpy(steps).float().to(x0.device)
+        whole, channels = torch.stack(rows), x0.shape[1]
+        for part in parts_of(batch, self.settings.micro_batch):
+            x, told = whole[part], {name: rows[part] for name, rows in condition.items()}
+            constants = adapter.step_constants(timesteps[part])  # which learn, too
+            output = adapter(x, told, constants, compute_all)
+            loss = functional.mse_loss(output[:, :channels], targets[part])
+            if output.shape[1] > channels:
+                with torch.no_grad():
+                    before = self.original(x, told, constants, compute_all)
+                loss = loss + functional.mse_loss(output[:, channels:], before[:, channels:])
+            yield loss * (len(x) / batch)
 
     def rate(self, number: int) -> float:
         """The share of its learning rate that update `number` is made at."""
@@ -156,7 +160,6 @@ class FineTune:
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, for torch.save; loads with `weights_only=True`."""
         return {
-            "kept": [(list(heads), list(units)) for heads, units in self.kept],
             "network": {name: value.detach() for name, value in self.pruned.network.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "round": self.round,

@@ -26,6 +26,7 @@ class PruneSettings(BaseModel):
     multiple: int = Field(8, ge=1, description="MLP units that stay are a multiple of this")
     updates: int = Field(2000, ge=0, description="of the fine-tune; 0: none")
     batch: int = Field(64, ge=1, description="images an update")
+    micro_batch: int | None = Field(None, ge=1, description="of them at a time, as memory allows; None: all at once")
     lr: Positive = Field(2e-4, description="AdamW's, falling linearly to 0 over the run; paper: 2e-4, constant")
     flip: bool = Field(True, description="mirror every other image")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of images that lose their label")

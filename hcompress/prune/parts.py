@@ -1,0 +1,23 @@
+"""A batch in parts, as many rows at a time as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Batch = Callable[[int, int], tuple[Tensor, list[int] | None]]
+"""(first, count) -> images [count, C, H, W] of an endless order, and their classes where they are known."""
+
+
+def parts_of(count: int, size: int | None) -> list[slice]:
+    """`count` rows, `size` at a time; None: all at once."""
+    return [slice(begin, min(begin + (size or count), count)) for begin in range(0, count, size or count)]
+
+
+def in_parts(images: Batch, first: int, count: int, size: int | None) -> tuple[Tensor, list[int] | None]:
+    """`images`(first, count), read and encoded `size` at a time."""
+    each = [images(first + part.start, part.stop - part.start) for part in parts_of(count, size)]
+    classes = [label for _, labels in each for label in labels or ()]
+    return torch.cat([x0 for x0, _ in each]), classes if len(classes) == count else None
