@@ -20,13 +20,16 @@ from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import Origin, load_quantized, network_bytes, read_origin, save_quantized
 from hcompress.lowbit.linear import QuantLinear
 from hcompress.quant import QUANTIZERS
-from hcompress.quant.calibration import Walk, draw
-from hcompress.quant.settings import EfficientDMSettings, PtqSettings, Quant
+from hcompress.quant.calibration import Walk, draw, observe
+from hcompress.quant.efficientdm import Distillation, start_amax, student_of
+from hcompress.quant.selection import select_as
+from hcompress.quant.settings import EfficientDMSettings, PtqSettings
 from hcompress.sampling import sample, trajectory
 from hcompress.schedule import Schedule
 
 FAMILIES = {"dit": make_dit, "pixart": make_pixart}
-MEMBERS = [(method, family) for method in QUANTIZERS for family in FAMILIES]
+METHODS = [*QUANTIZERS, "efficientdm"]
+MEMBERS = [(method, family) for method in METHODS for family in FAMILIES]
 every = pytest.mark.parametrize(("method", "family"), MEMBERS)
 
 
@@ -39,16 +42,22 @@ class Case:
     quantized: QuantizedAdapter
 
 
-def settings_of(method: str) -> Quant:
-    if method == "efficientdm":
-        return EfficientDMSettings(updates=10, batch=1, rank=2)
-    return PtqSettings(method=method)
+def distilled(adapter: Adapter, walk: Walk) -> QuantizedAdapter:
+    """EfficientDM as hcompress.distil runs it, without a folder."""
+    told = EfficientDMSettings(updates=10, batch=1, rank=2)
+    selection = select_as(adapter, told)
+    amax = start_amax(observe(adapter, selection, walk), selection)
+    distillation = Distillation(adapter, student_of(adapter, selection, amax, walk, told), walk, told)
+    assert len(list(distillation.run())) == 2
+    return distillation.finish()
 
 
 def quantize(method: str, family: str, seed: int = 0) -> Case:
     base = FAMILIES[family]()
     walk = Walk(make_table()[0], CFG, samples=4, batch=2, seed=seed)
-    return Case(base, walk, QUANTIZERS[method](base, walk, settings_of(method)))
+    if method == "efficientdm":
+        return Case(base, walk, distilled(base, walk))
+    return Case(base, walk, QUANTIZERS[method](base, walk, PtqSettings(method=method)))
 
 
 case = cache(quantize)

@@ -68,9 +68,11 @@ def test_a_table_of_what_it_did_and_a_folder_that_is_a_model(hcompress: Any, mod
     assert {file.name for file in out.iterdir()} == {
         "recipe.yaml",
         "env.json",
-        "metrics.jsonl",
+        "quality.json",
         "quantized.safetensors",
     }
+    assert json.loads((out / "quality.json").read_text()) | {"out": str(out)} == figures
+    assert hcompress("quantize", model, *flags, "--resume")[0] == 0 and not (out / "metrics.jsonl").exists()
     assert resolve_any(out / "recipe.yaml").quant.method == "ptq4dit"  # type: ignore[union-attr]
     loaded = load_model(str(out))
     assert isinstance(loaded.adapter, QuantizedAdapter) and loaded.folder == model

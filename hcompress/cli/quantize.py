@@ -111,7 +111,7 @@ def quantize(
         return _distil(resolved, resolved.quant, out, resume, device, samples, console, as_json)
     from hcompress.quantize import quantize as run
     from hcompress.report.quality import against_float
-    from hcompress.rundir import RunDir
+    from hcompress_runtime.files import write_atomically
 
     with _bars(console) as bars:
         task = bars.add_task("calibrating", total=None)
@@ -132,7 +132,7 @@ def quantize(
                 resolved.seed,
                 lambda what, done: bars.update(tasks[what], completed=done),
             )
-            RunDir(out).log(figures)
+            write_atomically(out / "quality.json", json.dumps(figures, indent=1).encode())
     if as_json:
         print(json.dumps({"out": str(out)} | (figures if samples else {})))
         return

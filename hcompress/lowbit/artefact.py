@@ -50,18 +50,11 @@ class Origin:
 
 
 def save_quantized(
-    adapter: QuantizedAdapter,
-    base: Adapter,
-    origin: Origin,
-    path: Path,
-    *,
-    log_scales: Tensor | None = None,
-    active: Tensor | None = None,
+    adapter: QuantizedAdapter, base: Adapter, origin: Origin, path: Path, *, active: Tensor | None = None
 ) -> None:
-    """Write what `adapter` has other than `base`. Raises DiskError where the disk refuses."""
+    """Write what `adapter` has other than `base`, and which step sizes are `active`. Raises DiskError."""
     before = base.network.state_dict()
-    tensors = {"log_scales": adapter.log_scales.detach() if log_scales is None else log_scales}
-    tensors["timesteps"] = adapter.timesteps
+    tensors = {"log_scales": adapter.log_scales.detach(), "timesteps": adapter.timesteps}
     if active is not None:
         tensors["active"] = active
     for name, tensor in adapter.network.state_dict().items():

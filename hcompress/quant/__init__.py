@@ -1,6 +1,7 @@
 """Quantizers: an Adapter in, an Adapter with the same branches and layers in few bits out (hcompress.lowbit).
 
-One file for each method, or for several that differ in a preset, and one line in QUANTIZERS.
+One file for each method, or for several that differ in a preset, and one line in QUANTIZERS; of efficientdm, which is
+trained in a run folder, a line in hcompress.distil.
 """
 
 from __future__ import annotations
@@ -27,12 +28,6 @@ def _ptq4dit(*args: Any, **named: Any) -> QuantizedAdapter:
     return ptq4dit(*args, **named)
 
 
-def _efficientdm(*args: Any, **named: Any) -> QuantizedAdapter:
-    from hcompress.quant.efficientdm import efficientdm
-
-    return efficientdm(*args, **named)
-
-
 QUANTIZERS: dict[str, Quantizer] = {
     "int8-max": _ptq,
     "int8-percentile": _ptq,
@@ -40,5 +35,4 @@ QUANTIZERS: dict[str, Quantizer] = {
     "fp8": _ptq,
     "int4-wo": _ptq,
     "ptq4dit": _ptq4dit,
-    "efficientdm": _efficientdm,
 }

@@ -28,7 +28,7 @@ def build(
 
     amax:          [T, K], the range of each input at each call; [1, K] for one at all calls
     timesteps:     [T], of the calls; calls at one timestep share the larger range, as they cannot be told apart
-    method:        how it came to be, JSON-able; its `name` is a key of QUANTIZERS
+    method:        how it came to be, JSON-able; its `name` is that of the method
     weight_scales: [out, blocks] by layer; a layer without takes the range of its weights
 
     Raises ModelError for a range that is not finite or not above 0.

@@ -41,9 +41,9 @@ from hcompress.lowbit.adapter import QuantizedAdapter, replace_modules, twin
 from hcompress.lowbit.grid import ACTIVATION_GRIDS
 from hcompress.lowbit.linear import QuantLinear, Scales, absmax_scale
 from hcompress.quant.build import step_log_scales
-from hcompress.quant.calibration import Draw, Seen, Walk, draw, least_error, observe
+from hcompress.quant.calibration import Draw, Seen, Walk, draw, least_error
 from hcompress.quant.qalora import QALoRALinear
-from hcompress.quant.selection import Selection, select_as
+from hcompress.quant.selection import Selection
 from hcompress.quant.settings import EfficientDMSettings
 from hcompress.sampling import Slots, constants_of, sample, solver_output
 from hcompress_runtime.bundle import SCALES
@@ -54,22 +54,6 @@ EIGHT_BITS = 127  # the last value of int8
 EPS = 1e-12  # Adam's: gradients of a mean squared error of 1e-6 are far below the default of 1e-8
 LEAST_ERROR = 1e-6  # of a call, as a share of the largest: one that makes none may not become all that counts
 TINY = 1e-20  # least mean squared error by which anything is divided
-
-
-def efficientdm(
-    adapter: Adapter,
-    walk: Walk,
-    settings: EfficientDMSettings,
-    on_call: Callable[[int], None] = lambda done: None,
-) -> QuantizedAdapter:
-    """`adapter` in few bits, in one go; hcompress.distil does it in a run folder that can be killed."""
-    selection = select_as(adapter, settings)
-    seen = observe(adapter, selection, walk, on_call=on_call)
-    student = student_of(adapter, selection, start_amax(seen, selection), walk, settings)
-    distillation = Distillation(adapter, student, walk, settings)
-    for _ in distillation.run():
-        pass
-    return distillation.finish()
 
 
 @dataclass(frozen=True)
