@@ -89,11 +89,7 @@ def quantize(
                 f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask "
                 "(`hcompress train --reuse plain`), then fit on what came out: hcompress train RUN --reuse corrected"
             )
-    selection = (  # before there is a folder, which would be in the way of the command once it is mended
-        check(setting.adapter, settings, schedule)
-        if isinstance(settings, EfficientDMSettings)
-        else select_as(setting.adapter, settings)
-    )
+    selection = selected(setting.adapter, settings, schedule)  # or there is a folder in the way of the mended command
     run = open_run(out, recipe, resume=resume)
     if isinstance(settings, EfficientDMSettings):
         on_start(setting, 0)
@@ -107,6 +103,13 @@ def quantize(
         adapter.plan["solver"] = setting.identity.solver
         save_quantized(adapter, setting.adapter, origin_of(setting, adapter, schedule), run.quantized)
     return Quantized(setting, with_adapter(setting, adapter, str(out)))
+
+
+def selected(adapter: Adapter, settings: Quant, schedule: Schedule | None = None) -> Selection:
+    """What would be quantized. Raises RecipeError, ModelError, ScheduleError for what the method cannot take."""
+    if isinstance(settings, EfficientDMSettings):
+        return check(adapter, settings, schedule)
+    return select_as(adapter, settings)
 
 
 def num_calls(adapter: Adapter, selection: Selection, method: str, walk: Walk) -> int:

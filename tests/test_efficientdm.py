@@ -448,3 +448,5 @@ def test_bad_input_is_one_line_that_says_the_fix(model, schedule, together, here
     assert code == 1
     assert expected in stderr and len(stderr.strip().splitlines()) == 1, stderr
     assert not (tmp_path / "run").exists()
+    if case == "no input":
+        assert here(*arguments(model, tmp_path / "run"), *cached, *extra, "--dry-run") == (code, stderr)

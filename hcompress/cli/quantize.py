@@ -223,9 +223,8 @@ def _print_table(figures: dict[str, Any], title: str) -> None:
 def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
     """Which layers would be quantized, and how large the result would be."""
     from hcompress.errors import AbsentModel
-    from hcompress.quant.selection import select_as
     from hcompress.quant.settings import EfficientDMSettings
-    from hcompress.quantize import num_calls, open_float, walk_of
+    from hcompress.quantize import num_calls, open_float, selected, walk_of
     from hcompress.report.forecast import outline
 
     try:
@@ -234,7 +233,7 @@ def _print_plan(recipe: QuantRecipe, device: str, as_json: bool) -> None:
         plan = outline(recipe, absent)
         print(json.dumps(plan) if as_json else "\n".join(f"{key:22} {value}" for key, value in plan.items()))
         return
-    selection = select_as(setting.adapter, recipe.quant)
+    selection = selected(setting.adapter, recipe.quant)
     walk = walk_of(setting, recipe.quant, recipe.seed)
     plan = {
         "model": recipe.model,
