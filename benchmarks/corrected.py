@@ -100,7 +100,7 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
         drawn = generate(setting, samples, 100 + seed, schedule.compute, corrections=schedule.corrections)
         figures = cost(setting, schedule.compute) | {"fallbacks": schedule.fallbacks}
     if kind != "dense":
-        figures |= paired(drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
+        figures |= paired(setting, drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
     figures |= distribution(setting, drawn) if samples >= MIN_SAMPLES else {}
     np.save(images, drawn.numpy())
     file.write_text(json.dumps(figures, indent=1))

@@ -216,7 +216,7 @@ class Bench:
         else:
             while not reference.exists():  # another process is at it
                 time.sleep(1)
-            figures |= paired(samples, torch.from_numpy(np.load(reference)))
+            figures |= paired(group, samples, torch.from_numpy(np.load(reference)))
         _save_picture(folder / PICTURE, samples[:COLUMNS], group.model.folder)
         return figures
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hcompress.report.published import Judge
 
 SHOWN = (
-    *("psnr_db", "ssim"),
+    *("psnr_db", "ssim", "relative_l2"),
     *("fd64", "accuracy", "precision", "recall"),
     *("emoji_clip", "retrieval", "fd_efflite0", "kid_efflite0"),
     *("inception_score", "fid", "sfid", "kid", "inception_precision", "inception_recall", "clip_score"),

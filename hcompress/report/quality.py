@@ -1,6 +1,7 @@
 """How good a schedule's samples are, and what they cost: the rows of every comparison.
 
-Paired figures compare each sample with the uncached one from the same noise: no network, no sampling error.
+Paired figures compare each sample with the uncached one from the same noise: no sampling error, and no network but the
+model's own VAE, by which latents are looked at.
 Distribution figures are the model's own offline metrics (hcompress.metrics), each beside its real-vs-real floor.
 """
 
@@ -13,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcompress.corrections import Corrections
 from hcompress.errors import missing
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.metrics.emoji import EmojiMetrics, emoji_metrics
 from hcompress.metrics.fashion import MIN_SAMPLES, FashionMetrics, fashion_metrics
-from hcompress.metrics.paired import psnr_db, relative_l2, ssim
+from hcompress.metrics.paired import WINDOW, psnr_db, relative_l2, ssim
+from hcompress.models.decoder import load_viewer
 from hcompress.quantize import Quantized
 from hcompress.sampling import sample_seeded
 from hcompress.schedule import Schedule
@@ -28,7 +30,7 @@ from hcompress.setting import Setting
 from hcompress.zoo import emoji_clip
 from hcompress_runtime.conditions import Given
 
-SSIM_WINDOW = 11
+DECODED = 8  # latents at once
 WITH_CACHE = (
     "dense float",
     "cached float",
@@ -64,12 +66,16 @@ def generate(
     )
 
 
-def paired(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """psnr_db, ssim (where the samples are large enough) and relative_l2 against the uncached `reference`."""
-    figures = {"psnr_db": psnr_db(samples.clamp(-1, 1), reference.clamp(-1, 1))}
-    if min(samples.shape[-2:]) >= SSIM_WINDOW:
-        figures["ssim"] = ssim(samples.clamp(-1, 1), reference.clamp(-1, 1))
-    return figures | {"relative_l2": relative_l2(samples, reference)}
+def paired(setting: Setting, samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """psnr_db and ssim of pictures, relative_l2 of samples [N, C, h, w], against the uncached `reference`.
+
+    Latents are decoded to pictures first; where no VAE came with the model they have no psnr_db and no ssim: the range
+    of both is [-1, 1], and latents know none. Pictures below 11 x 11 have no ssim.
+    """
+    distance = relative_l2(samples, reference)
+    viewer = load_viewer(setting.model.folder, samples.shape[1])
+    figures = {} if viewer is None else _of_pictures(viewer, setting.adapter.device, samples, reference)
+    return figures | {"relative_l2": distance}
 
 
 def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
@@ -125,7 +131,7 @@ def evaluate(
     compute = schedule.compute
     samples = generate(setting, count, seed, compute, lambda done: progress("cached", done), schedule.corrections)
     cached = distribution(setting, samples) | published(samples, "cached") | cost(setting, compute)
-    return {"cached": paired(samples, reference) | cached} | result
+    return {"cached": paired(setting, samples, reference) | cached} | result
 
 
 def against_float(
@@ -144,7 +150,7 @@ def against_float(
     enough = count >= MIN_SAMPLES
     return {
         "float": (distribution(dense, reference) if enough else {}) | {"megabytes": network_bytes(dense.adapter) / 1e6},
-        "quantized": paired(samples, reference)
+        "quantized": paired(quantized, samples, reference)
         | (distribution(dense, samples) if enough else {})
         | {"megabytes": network_bytes(quantized.adapter) / 1e6},
         "num_samples": count,
@@ -165,7 +171,7 @@ def against_original(
     enough = count >= MIN_SAMPLES
     return {
         "original": distribution(original, reference) if enough else {},
-        "pruned": paired(samples, reference) | (distribution(changed, samples) if enough else {}),
+        "pruned": paired(changed, samples, reference) | (distribution(changed, samples) if enough else {}),
         "num_samples": count,
         "seed": seed,
     }
@@ -192,10 +198,25 @@ def with_cache(
         compute = None if mask.all() else mask
         samples = generate(setting, count, seed, compute, partial(progress, name))
         reference = samples if reference is None else reference
-        rows[name] = (paired(samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
+        rows[name] = (paired(setting, samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
         rows[name] |= distribution(setting, samples) if count >= MIN_SAMPLES else {}
         rows[name]["megabytes"] = network_bytes(setting.adapter) / 1e6
     return {"rows": rows, "num_samples": count, "seed": seed}
+
+
+@torch.no_grad()
+def _of_pictures(viewer: nn.Module, device: torch.device, samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """psnr_db and ssim of what `viewer` makes of both, on `device`."""
+    totals: dict[str, float] = {}
+    viewer.to(device)
+    for pair in zip(samples.split(DECODED), reference.split(DECODED), strict=True):
+        ours, theirs = (viewer(one.to(device)).float().clamp(-1, 1) for one in pair)
+        figures = {"psnr_db": psnr_db(ours, theirs)}
+        if min(ours.shape[-2:]) >= WINDOW:
+            figures["ssim"] = ssim(ours, theirs)
+        for name, mean in figures.items():
+            totals[name] = totals.get(name, 0.0) + mean * len(ours)
+    return {name: total / len(samples) for name, total in totals.items()}
 
 
 def _of_emoji(setting: Setting) -> bool:
