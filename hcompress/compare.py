@@ -92,7 +92,7 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
         for name, group in groups.items():
             graph = bench.setting(group).adapter.graph
             share[name] = float(graph.macs.sum() / graph.call_macs)
-            if line := left_out(bench.setting(group)):
+            if line := left_out(bench.setting(group), comparison.samples):
                 watch.notice(line)
         if comparison.fewer_steps:
             cells = in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)

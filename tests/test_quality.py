@@ -10,13 +10,20 @@ import pytest
 import torch
 from conftest import CALLS, CFG, make_dit, random_mask, save_vae
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from hcompress.adapter import Adapter
+from hcompress.device import checked_device
+from hcompress.errors import DataError, InputError
+from hcompress.metrics import emoji, fashion
+from hcompress.metrics.clip_score import ClipScore
+from hcompress.metrics.inception import Inception
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
 from hcompress.models.decoder import load_decoder
-from hcompress.report.quality import DECODED, paired
+from hcompress.report.quality import DECODED, distribution, left_out, paired
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_setting
+from hcompress.zoo import emoji_clip
 
 
 def save(adapter: Adapter, folder: Path, *, vae: bool = False) -> Path:
@@ -100,3 +107,98 @@ def test_bare_latents_are_quantized_and_what_there_is_is_shown(
     options = ("--method", "int8-max", "--set", "quant.samples=1", "--samples", 2, "--steps", CALLS)
     code, table, _ = hcompress("quantize", models["bare latents"], *options, "--out", tmp_path / "out")
     assert code == 0 and "relative_l2" in table and "psnr_db" not in table
+
+
+@pytest.mark.parametrize(
+    ("model", "what", "metrics"),
+    [
+        (
+            "zoo:fashion-dit",
+            fashion,
+            lambda n: fashion.fashion_metrics(torch.zeros(n, 1, 28, 28), torch.zeros(n).int()),
+        ),
+        (
+            "zoo:emoji-pixart",
+            emoji,
+            lambda n: emoji.emoji_metrics(torch.zeros(n, 3, 32, 32), torch.zeros(n, 4, 384), torch.ones(n, 4)),
+        ),
+    ],
+)
+def test_numbers_of_samples_that_a_metric_refuses_are_known_beforehand(model: str, what: Any, metrics: Any) -> None:
+    setting = open_setting(model, "ddim", CALLS, CFG)
+    if what is emoji and not emoji_clip.installed():
+        assert "pip install 'hcompress[zoo]'" in (left_out(setting, what.MIN_SAMPLES) or "")
+        return
+    assert left_out(setting, what.MIN_SAMPLES) is left_out(setting, what.MAX_SAMPLES) is None
+    for count in (1, what.MIN_SAMPLES - 1, what.MAX_SAMPLES + 1):
+        with pytest.raises(DataError) as refused:
+            metrics(count)
+        told = left_out(setting, count) or ""
+        assert f"need {what.MIN_SAMPLES} to {what.MAX_SAMPLES} samples" in told and f"got {count}" in told
+        assert told.partition("need ")[2].partition(",")[0] in str(refused.value)
+        assert distribution(setting, torch.zeros(count, 1)) == {}
+
+
+def test_eval_of_few_samples_says_what_it_leaves_out_and_gives_the_rest(hcompress: Any) -> None:
+    code, stdout, told = hcompress("eval", "zoo:fashion-dit", "--steps", 2, "--samples", 4, "--json")
+    figures = json.loads(stdout)["uncached"]
+    assert code == 0 and "fd64" not in figures and figures["macs"] > 0
+    assert told.strip() == "fashion metrics are left out: they need 65 to 5000 samples, got 4"
+
+
+def test_eval_refuses_options_that_would_do_nothing(hcompress: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    judged = (tmp_path, "--prompts", tmp_path / "one.png")
+    sampling = {"--solver": "ddim", "--steps": 3, "--cfg": 0, "--samples": 3, "--seed": 0, "--reuse": "taylor"}
+    wrong = {
+        **{(*judged, option, value): option for option, value in sampling.items()},
+        (*judged, "--inception", "file"): "--inception",
+        (models["pictures"], "--reuse", "taylor"): "--reuse",
+        (models["pictures"], "--inception", "file"): "--inception",
+        (models["pictures"], "--size", 8): "--size",
+        (models["pictures"], "--clip", "folder"): "--clip",
+    }
+    for arguments, option in wrong.items():
+        code, stdout, told = hcompress("eval", *arguments)
+        assert code == 1 and not stdout and told.startswith(f"error: {option} would do nothing: "), told
+        assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--samples", "--steps"])
+@pytest.mark.parametrize("number", [0, -3])
+def test_eval_takes_no_number_below_one(hcompress: Any, models: dict[str, Path], option: str, number: int) -> None:
+    code, _, told = hcompress("eval", models["pictures"], option, number)
+    assert code == 2 and option in told
+
+
+def test_no_guidance_is_a_guidance_too(hcompress: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    """A schedule of guidance 0 is evaluated at 0, and so is one that is asked to be."""
+    setting, file = open_setting(str(models["pictures"]), "ddim", CALLS, 0.0), tmp_path / "schedule.safetensors"
+    graph = setting.adapter.graph
+    Schedule(random_mask(CALLS, len(graph)), graph.names, setting.identity, {"name": "random"}).save(file)
+    ask = ("--schedule", file)
+    shown = [
+        hcompress("eval", models["pictures"], *ask, "--samples", 3, "--json", *more)[1]
+        for more in ((), ("--cfg", 0), ("--cfg", 1))
+    ]
+    assert shown[0] == shown[1] != shown[2]
+    for name, more in {"own": (), "asked": ("--cfg", 0), "other": ("--cfg", 1.5)}.items():
+        picture = (*ask, "--labels", "0,1", "--out", tmp_path / f"{name}.png")
+        assert hcompress("generate", models["pictures"], *picture, *more)[0] == 0
+    drawn = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("own", "asked", "other")}
+    assert drawn["own"] == drawn["asked"] != drawn["other"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "CPU", "cuda:99", "cuda"])
+def test_a_device_that_is_not_there_is_one_line_wherever_it_is_asked_for(name: str, models: dict[str, Path]) -> None:
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for load in (
+        lambda: open_setting(str(models["pictures"]), "ddim", CALLS, CFG, device=name),
+        lambda: Inception(models["pictures"], name),
+        lambda: ClipScore(str(models["pictures"]), name),
+    ):
+        with pytest.raises(InputError, match=r"pass --device cpu|there is no cuda:99: \d+ CUDA devices") as refused:
+            load()
+        assert "\n" not in str(refused.value)
+    assert checked_device("cpu") == torch.device("cpu")

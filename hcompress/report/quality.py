@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from hcompress.corrections import Corrections
 from hcompress.errors import missing
 from hcompress.lowbit.artefact import network_bytes
-from hcompress.metrics.emoji import EmojiMetrics, emoji_metrics
-from hcompress.metrics.fashion import MIN_SAMPLES, FashionMetrics, fashion_metrics
+from hcompress.metrics import emoji, fashion
 from hcompress.metrics.paired import WINDOW, psnr_db, relative_l2, ssim
 from hcompress.models.decoder import load_viewer
 from hcompress.quantize import Quantized
@@ -31,6 +30,10 @@ from hcompress.zoo import emoji_clip
 from hcompress_runtime.conditions import Given
 
 DECODED = 8  # latents at once
+COUNTS = {  # fewest and most samples that the metrics of a zoo model's data take
+    "fashion": (fashion.MIN_SAMPLES, fashion.MAX_SAMPLES),
+    "emoji": (emoji.MIN_SAMPLES, emoji.MAX_SAMPLES),
+}
 WITH_CACHE = (
     "dense float",
     "cached float",
@@ -80,23 +83,30 @@ def paired(setting: Setting, samples: Tensor, reference: Tensor) -> dict[str, fl
 
 def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
     """The offline metrics of the model's data with their floors; empty where there are none, see `left_out`."""
-    asked = balanced_labels(setting, len(samples))
-    measured: FashionMetrics | EmojiMetrics
-    if (setting.model.zoo or "").startswith("zoo:fashion"):
-        measured = fashion_metrics(samples, torch.tensor(asked))
-    elif _of_emoji(setting) and isinstance(asked, Mapping) and emoji_clip.installed():
-        states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
-        measured = emoji_metrics(samples, states, mask)
-    else:
+    data = _data(setting)
+    if data is None or left_out(setting, len(samples)):
         return {}
+    asked = balanced_labels(setting, len(samples))
+    measured: fashion.FashionMetrics | emoji.EmojiMetrics
+    if isinstance(asked, Mapping):
+        states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
+        measured = emoji.emoji_metrics(samples, states, mask)
+    else:
+        measured = fashion.fashion_metrics(samples, torch.tensor(asked))
     return {name: value for name, value in vars(measured).items() if name != "num_samples"}
 
 
-def left_out(setting: Setting) -> str | None:
-    """Why `distribution` will be empty although the model has offline metrics; None where it will not."""
-    if not _of_emoji(setting) or emoji_clip.installed():
+def left_out(setting: Setting, count: int) -> str | None:
+    """Why `distribution` of `count` samples will be empty although the model has offline metrics; None: it will not."""
+    data = _data(setting)
+    if data is None:
         return None
-    return f"emoji metrics are left out: {missing('efficientnet-lite-pytorch', 'zoo')}"
+    if data == "emoji" and not emoji_clip.installed():
+        return f"emoji metrics are left out: {missing('efficientnet-lite-pytorch', 'zoo')}"
+    least, most = COUNTS[data]
+    if least <= count <= most:
+        return None
+    return f"{data} metrics are left out: they need {least} to {most} samples, got {count}"
 
 
 def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
@@ -147,11 +157,10 @@ def against_float(
     """
     reference = generate(dense, count, seed, None, lambda done: progress("float", done))
     samples = generate(quantized, count, seed, None, lambda done: progress("quantized", done))
-    enough = count >= MIN_SAMPLES
     return {
-        "float": (distribution(dense, reference) if enough else {}) | {"megabytes": network_bytes(dense.adapter) / 1e6},
+        "float": distribution(dense, reference) | {"megabytes": network_bytes(dense.adapter) / 1e6},
         "quantized": paired(quantized, samples, reference)
-        | (distribution(dense, samples) if enough else {})
+        | distribution(dense, samples)
         | {"megabytes": network_bytes(quantized.adapter) / 1e6},
         "num_samples": count,
         "seed": seed,
@@ -168,10 +177,9 @@ def against_original(
     """A pruned model against the one it came from: {"original": {...}, "pruned": {...}, "num_samples", "seed"}."""
     reference = generate(original, count, seed, None, lambda done: progress("original", done))
     samples = generate(changed, count, seed, None, lambda done: progress("pruned", done))
-    enough = count >= MIN_SAMPLES
     return {
-        "original": distribution(original, reference) if enough else {},
-        "pruned": paired(changed, samples, reference) | (distribution(changed, samples) if enough else {}),
+        "original": distribution(original, reference),
+        "pruned": paired(changed, samples, reference) | distribution(changed, samples),
         "num_samples": count,
         "seed": seed,
     }
@@ -199,7 +207,7 @@ def with_cache(
         samples = generate(setting, count, seed, compute, partial(progress, name))
         reference = samples if reference is None else reference
         rows[name] = (paired(setting, samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
-        rows[name] |= distribution(setting, samples) if count >= MIN_SAMPLES else {}
+        rows[name] |= distribution(setting, samples)
         rows[name]["megabytes"] = network_bytes(setting.adapter) / 1e6
     return {"rows": rows, "num_samples": count, "seed": seed}
 
@@ -219,5 +227,6 @@ def _of_pictures(viewer: nn.Module, device: torch.device, samples: Tensor, refer
     return {name: total / len(samples) for name, total in totals.items()}
 
 
-def _of_emoji(setting: Setting) -> bool:
-    return (setting.model.zoo or "").startswith("zoo:emoji")
+def _data(setting: Setting) -> str | None:
+    """Which of COUNTS the model was trained on."""
+    return next((data for data in COUNTS if (setting.model.zoo or "").startswith(f"zoo:{data}")), None)
