@@ -20,6 +20,7 @@ from hcompress.metrics.clip_score import ClipScore
 from hcompress.metrics.inception import Inception
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
 from hcompress.models.decoder import load_decoder
+from hcompress.report.published import viewer_of
 from hcompress.report.quality import DECODED, distribution, left_out, paired
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_setting
@@ -202,3 +203,11 @@ def test_a_device_that_is_not_there_is_one_line_wherever_it_is_asked_for(name: s
             load()
         assert "\n" not in str(refused.value)
     assert checked_device("cpu") == torch.device("cpu")
+
+
+def test_latents_without_their_vae_are_refused_before_they_are_made(models: dict[str, Path]) -> None:
+    for kind, channels in {"pictures": 1, "latents": 3}.items():
+        setting = opened(models[kind])
+        assert viewer_of(setting)(draw(setting, 1, 0)).shape[1] == channels
+    with pytest.raises(DataError, match=r"makes latents of 4 channels and .*bare/vae is missing.* download the VAE"):
+        viewer_of(opened(models["bare latents"]))

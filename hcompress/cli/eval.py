@@ -133,6 +133,7 @@ def _samples(
     bars: Progress,
 ) -> dict[str, Any]:
     """MODEL's samples, uncached and under the schedule. What is not asked for is the schedule's, or MODEL's own."""
+    from hcompress.report.published import viewer_of
     from hcompress.report.quality import evaluate as measure
     from hcompress.report.quality import left_out
     from hcompress.rundir import own_flags
@@ -149,6 +150,8 @@ def _samples(
     if loaded:
         loaded.check_fits(setting.adapter.graph, setting.identity)
         loaded = loaded.reusing(reuse, setting.adapter.graph)
+    if judge:
+        viewer_of(setting)  # latents that nothing decodes are refused before they are made
     for note in filter(None, (left_out(setting, samples), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
