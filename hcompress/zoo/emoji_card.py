@@ -68,9 +68,9 @@ A hash of code points holds out concepts, not ideas: "woman running" may be held
 
 ## Quality
 
-{samples} samples of the {scored} prompts for scoring, settings as above, measured by `python -m hcompress.zoo.emoji_card`.
-The metrics are this project's own offline ones (see `../emoji-clip`); none of them is FID, KID or CLIP score. The floor
-is real emoji.
+{samples} samples of the {scored} prompts for scoring, settings as above, by `python -m hcompress.zoo.emoji_card`. The
+metrics are this project's own offline ones (see `../emoji-clip`); none of them is FID, KID or CLIP score. The floor is
+real emoji.
 
 | | samples | floor |
 |---|---|---|
