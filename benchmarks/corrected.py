@@ -76,7 +76,6 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
     """Generate and measure one row, unless its file is there."""
     import torch
 
-    from hcompress.metrics.fashion import MIN_SAMPLES
     from hcompress.report.quality import cost, distribution, generate, paired
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting, setting_of
@@ -100,8 +99,8 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
         drawn = generate(setting, samples, 100 + seed, schedule.compute, corrections=schedule.corrections)
         figures = cost(setting, schedule.compute) | {"fallbacks": schedule.fallbacks}
     if kind != "dense":
-        figures |= paired(drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
-    figures |= distribution(setting, drawn) if samples >= MIN_SAMPLES else {}
+        figures |= paired(setting, drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
+    figures |= distribution(setting, drawn)
     np.save(images, drawn.numpy())
     file.write_text(json.dumps(figures, indent=1))
     shown = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)

@@ -87,7 +87,7 @@ class Rows:
         if name == "float":
             np.save(self.images, drawn.numpy())
         else:
-            figures |= paired(drawn, self.reference())
+            figures |= paired(setting, drawn, self.reference())
         figures["seconds"] = time.monotonic() - begun
         file.write_text(json.dumps(figures, indent=1))
         shown = "  ".join(f"{key} {figures[key]:.3f}" for key in SHOWN if key in figures)

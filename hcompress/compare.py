@@ -92,7 +92,7 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
         for name, group in groups.items():
             graph = bench.setting(group).adapter.graph
             share[name] = float(graph.macs.sum() / graph.call_macs)
-            if line := left_out(bench.setting(group)):
+            if line := left_out(bench.setting(group), comparison.samples):
                 watch.notice(line)
         if comparison.fewer_steps:
             cells = in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
@@ -216,7 +216,7 @@ class Bench:
         else:
             while not reference.exists():  # another process is at it
                 time.sleep(1)
-            figures |= paired(samples, torch.from_numpy(np.load(reference)))
+            figures |= paired(group, samples, torch.from_numpy(np.load(reference)))
         _save_picture(folder / PICTURE, samples[:COLUMNS], group.model.folder)
         return figures
 

@@ -130,6 +130,7 @@ def problem_of(
         process=partial(process.at, setting.model.scheduler_config, setting.table.timesteps),
         images=lambda folder: open_images(setting, seed, folder, on_notice),
         ranks=ranks or OneProcess(),
+        notice=on_notice,
     )
 
 

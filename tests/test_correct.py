@@ -139,6 +139,32 @@ def test_corrections_of_a_quantized_model_are_never_worse_than_none_where_they_a
     assert scores[0] == max(scores)
 
 
+@pytest.mark.parametrize("size", [1e25, 3e38])
+def test_vectors_whose_samples_are_not_finite_are_never_the_best(size: float) -> None:
+    """Wherever they stand among others."""
+    problem = make_problem(make_dit())
+    compute, widths = interval(*problem.shape, every=2), problem.adapter.graph.widths
+    usual = replace(taylor(compute, widths), rule="corrected")
+    reused = ~compute
+    large = tuple(np.full((len(compute), width), size, np.float32) * reused[:, [n]] for n, width in enumerate(widths))
+    broken = replace(usual, a=large, b=large)
+    assert problem.score_db(compute, usual) > problem.score_db(compute, broken) == -np.inf
+    for candidates in ((broken, usual), (usual, broken)):
+        assert problem.best(compute, candidates, 4) is usual
+    assert problem.best(compute, (broken, broken), 4) is None
+
+
+def test_where_no_samples_are_finite_reuse_is_plain_and_that_is_said() -> None:
+    adapter, said = make_dit(), []
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(torch.inf)
+    problem = replace(make_problem(adapter), notice=said.append)
+    settings = IntervalSettings(every=2, reuse="corrected", fit_samples=SAMPLES, fit_steps=1)
+    found = correct(problem, interval(*problem.shape, every=2), settings)
+    assert found.corrections is None and found.history == {"reuse": "plain"}
+    assert len(said) == 1 and said[0].startswith("reuse is plain, not corrected")
+
+
 def test_the_model_may_be_in_a_half(tiny_dit) -> None:
     problem = make_problem(make_dit().to(torch.bfloat16))
     compute = interval(6, 4, every=2)
