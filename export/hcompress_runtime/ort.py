@@ -184,7 +184,7 @@ class OnnxRuntime(Engine):
         return results
 
     def _results(self, binding: Any) -> dict[str, Value]:
-        """The outputs by name. The binding lets go of everything here: merely dropped, it holds its values for a while."""
+        """The outputs by name. The binding lets go of everything: merely dropped, it holds its values for a while."""
         results = dict(zip(self.outputs, binding.get_outputs(), strict=True))
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
