@@ -98,6 +98,7 @@ def untimed(file: Path) -> dict:
 
 
 def test_a_row_is_the_mean_and_the_spread_of_its_seeds(done):
+    """The sample's deviation: over few seeds the population's says too little, of two by a factor of root 2."""
     report = read(done)
     assert report["finished"] == report["cells"] == 2 * (1 + 1 + 1 + 1 + 1 + 1)
     for row in rows(done).values():
@@ -105,7 +106,7 @@ def test_a_row_is_the_mean_and_the_spread_of_its_seeds(done):
         found = [json.loads(file.read_text())["figures"] for file in files]
         for key, figure in row["figures"].items():
             values = [figures[key] for figures in found]
-            assert figure == {"mean": statistics.fmean(values), "std": statistics.pstdev(values), "seeds": 2}
+            assert figure == {"mean": statistics.fmean(values), "std": statistics.stdev(values), "seeds": 2}
 
 
 def test_what_reuses_nothing_is_the_uncached_model_from_the_same_noise(done):

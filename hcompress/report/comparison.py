@@ -18,6 +18,7 @@ FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
 NEAR = 0.03  # of its budget: a row whose CUR, or share of steps saved, comes no nearer is not ranked
 SHORT = 1.0  # seconds that are no training cost
+SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ TRAINING = {
 
 
 def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path) -> dict[str, Any]:
-    """The whole report as one JSON object; figures are {"mean", "std"}, std being the deviation over seeds.
+    """The whole report as one JSON object; figures are {"mean", "std", "seeds"}, see `spread`.
 
     {"title", "date", "environment", "samples", "runner", "batch", "seeds", "finished", "cells", "groups": [{"name",
     "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out": [{...}]}]}
@@ -98,8 +99,8 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
                 "budget": found[0][0].budget,
                 "seeds": [cell.seed for cell, _ in found],
                 "folders": [str(cell.folder) for cell, _ in found],
-                "figures": _spread([row["figures"] for _, row in found]),
-                "training": _spread([_with_update_ms(row["training"]) for _, row in found]),
+                "figures": spread([row["figures"] for _, row in found]),
+                "training": spread([_with_update_ms(row["training"]) for _, row in found]),
             }
         )
     for one in left_out:
@@ -147,10 +148,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 def provenance(report: Mapping[str, Any]) -> str:
     """Where the figures come from."""
     environment, seeds = report["environment"], report["seeds"]
-    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
+    over = f"mean ± {SPREAD} over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     missing = report["cells"] - report["finished"]
     return (
-        f"{report['samples']} samples a row and seed, {spread}; {report['date']}, {environment['cpu']}, "
+        f"{report['samples']} samples a row and seed, {over}; {report['date']}, {environment['cpu']}, "
         f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}."
         + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
     )
@@ -243,12 +244,16 @@ def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:
     return row["name"] != UNCACHED, budget is None, budget or 0.0, row["name"] == FEWER_STEPS
 
 
-def _spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and deviation of each figure over the seeds that have it."""
+def spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation (n - 1; 0 of one) of each figure over the n seeds that have it."""
     keys = dict.fromkeys(key for one in found for key in one)
     values = {key: [one[key] for one in found if key in one] for key in keys}
     return {
-        key: {"mean": statistics.fmean(each), "std": statistics.pstdev(each), "seeds": len(each)}
+        key: {
+            "mean": statistics.fmean(each),
+            "std": statistics.stdev(each) if len(each) > 1 else 0.0,
+            "seeds": len(each),
+        }
         for key, each in values.items()
     }
 

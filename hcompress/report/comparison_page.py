@@ -16,6 +16,7 @@ from PIL import Image
 from hcompress.comparison import FEWER_STEPS, POINTS, UNCACHED
 from hcompress.report.comparison import (
     REAL,
+    SPREAD,
     TRAINING,
     Column,
     best_rows,
@@ -67,7 +68,7 @@ def _facts(report: Mapping[str, Any]) -> str:
     facts = {
         "Samples": f"{report['samples']} a row and seed",
         "Seeds": ", ".join(map(str, report["seeds"]))
-        + ("; mean ± standard deviation" if len(report["seeds"]) > 1 else ""),
+        + (f"; mean ± {SPREAD}" if len(report["seeds"]) > 1 else ""),
         "Measured": f"{report['date']}, {report['runner']}",
         "Machine": f"{environment['cpu']}, {environment['cores']} threads",
         "Software": f"torch {environment['packages']['torch']}, hcompress {environment['packages']['hcompress']}",
@@ -109,7 +110,7 @@ def _plots(group: Mapping[str, Any], series: Sequence[str]) -> str:
     if not panels:
         return ""
     note = (
-        "Bars are one standard deviation over seeds. Lines join the budgets of a method. A button takes a method out."
+        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. A button takes a method out."
     )
     return (
         f'<h3>Quality against cost</h3><div class="keys">{keys}</div><div data-panels="0">{"".join(panels)}</div>'
