@@ -45,7 +45,8 @@ class Place(Protocol):
 class Made:
     """What a recipe came to: a model under a solver, perhaps with a schedule, and what that took.
 
-    training: rounds, updates, seconds, images and peak_memory_bytes, as far as they are known
+    training: rounds, updates, seconds, of which fitting_seconds on corrections, images and peak_memory_bytes, as far as
+              they are known
     """
 
     setting: Setting
@@ -150,5 +151,6 @@ def _training(run: RunDir, updates_per_round: int) -> dict[str, float]:
         "rounds": rounds,
         "updates": rounds * updates_per_round,
         "seconds": sum(record["seconds"] for record in records),
+        "fitting_seconds": sum(record["seconds"] for record in records if record.get("stage") == "corrections"),
         "peak_memory_bytes": max(record.get("peak_memory_bytes", 0) for record in records),
     }

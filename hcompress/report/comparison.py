@@ -261,7 +261,7 @@ def spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
 def _with_update_ms(training: Mapping[str, float]) -> dict[str, float]:
     found = dict(training)
     if found.get("updates"):
-        found["update_ms"] = 1e3 * found["seconds"] / found["updates"]
+        found["update_ms"] = 1e3 * (found["seconds"] - found.get("fitting_seconds", 0)) / found["updates"]
     return found
 
 

@@ -180,7 +180,7 @@ def _training(group: Mapping[str, Any]) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         "Of one seed. Images are those that a method was shown, of its training set; minutes are wall-clock time of "
-        "training or calibration, scoring included; memory is what it adds at its peak, on a GPU that of all tensors."
+        "training or calibration, with scoring and the fit of corrections, which ms / update is without; memory is what it adds at its peak, on a GPU that of all tensors."
     )
     return f'<h3>Training cost</h3>{_scrolling(heads, rows)}<p class="note">{note}</p>'
 
