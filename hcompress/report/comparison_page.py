@@ -110,7 +110,8 @@ def _plots(group: Mapping[str, Any], series: Sequence[str]) -> str:
     if not panels:
         return ""
     note = (
-        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. A button takes a method out."
+        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. A button takes a "
+        "method out."
     )
     return (
         f'<h3>Quality against cost</h3><div class="keys">{keys}</div><div data-panels="0">{"".join(panels)}</div>'
@@ -180,7 +181,8 @@ def _training(group: Mapping[str, Any]) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         "Of one seed. Images are those that a method was shown, of its training set; minutes are wall-clock time of "
-        "training or calibration, with scoring and the fit of corrections, which ms / update is without; memory is what it adds at its peak, on a GPU that of all tensors."
+        "training or calibration, with scoring and the fit of corrections, which ms / update is without; memory is "
+        "what it adds at its peak, on a GPU that of all tensors."
     )
     return f'<h3>Training cost</h3>{_scrolling(heads, rows)}<p class="note">{note}</p>'
 
