@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hcompress.caching.problem import Method, OneProcess
 from hcompress.comparison import Cell
-from hcompress.errors import ScheduleError, SolverError
+from hcompress.errors import NoSchedule, SolverError
 from hcompress.prune.finetune import ROUND
 from hcompress.pruning import prune
 from hcompress.quantize import quantize
@@ -89,7 +89,7 @@ def _cached(place: Place, cell: Cell, tell: Tell) -> Made:
                 on_progress=lambda progress: tell("training", progress.round, total),
                 on_notice=place.notice,
             )
-        except ScheduleError as error:
+        except NoSchedule as error:
             raise Impossible(error) from error
     learns = recipe.caching.reusing_steps(setting.table.num_calls)[0]
     return Made(setting, schedule, _training(run, learns) | {"images": schedule.method.get("images_used", 0)})

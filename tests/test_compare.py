@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hcompress.compare import compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison
@@ -187,6 +188,22 @@ def test_a_cell_that_fails_leaves_the_others_and_is_named(asked, tiny_run, tmp_p
         compare(load_comparison(names, few), tmp_path / "out", watch := Watched())
     assert {row["name"] for row in rows(tmp_path / "out").values()} == {UNCACHED, "random", FEWER_STEPS}
     assert len(watch.notices) == 1
+
+
+def test_training_that_diverged_is_a_failure_and_no_finished_row(asked, tmp_path):
+    """Only that there is no such schedule is a row's outcome; a router of NaN is none, and the cell is tried again."""
+    one = asked.model_copy(update={"recipes": asked.recipes[:1], "seeds": [0], "fewer_steps": False})
+    with pytest.raises(KeyboardInterrupt):
+        compare(one, tmp_path / "out", Watched(lambda cell, what, done: (what, done) == ("training", 3)))
+    (file,) = (tmp_path / "out").rglob("checkpoint.pt")
+    state = torch.load(file, weights_only=True)
+    for row in state["rows"].values():
+        row.fill_(torch.nan)
+    torch.save(state, file)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"^1 of 2 cells failed, .* HarmoniCa CUR 40 % with seed 0: .*diverged"):
+            compare(one, tmp_path / "out", Watched())
+        assert not [*(tmp_path / "out").rglob("harmonica*/row-*.json")]
 
 
 def test_what_no_method_allows_is_left_out_with_its_reason(tiny_run, tmp_path):

@@ -77,34 +77,44 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
     """The whole report as one JSON object; figures are {"mean", "std", "seeds"}, see `spread`.
 
     {"title", "date", "environment", "samples", "runner", "batch", "seeds", "finished", "cells", "groups": [{"name",
-    "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out": [{...}]}]}
+    "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}],
+    "left_out": [{"name", "point", "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
+
+    def group_of(name: str) -> dict[str, Any]:
+        return groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
+
     finished = [(cell, file) for cell in cells if (file := row_file(out, cell, comparison)).exists()]
     rows: dict[tuple[str, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     for cell, file in finished:
         rows.setdefault(cell.row, []).append((cell, json.loads(file.read_text())))
     for cell in sorted(cells, key=lambda cell: cell.name == FEWER_STEPS):
-        name = group_name(cell.group)
-        group = groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
+        group = group_of(group_name(cell.group))
         group["methods"] += [cell.name] * (cell.name not in group["methods"])
     for (where, name, point), found in rows.items():
-        if reason := found[0][1].get("impossible"):
-            groups[where]["left_out"].append({"name": name, "point": point, "reason": reason})
-            continue
-        groups[where]["rows"].append(
-            {
-                "name": name,
-                "point": point,
-                "budget": found[0][0].budget,
-                "seeds": [cell.seed for cell, _ in found],
-                "folders": [str(cell.folder) for cell, _ in found],
-                "figures": spread([row["figures"] for _, row in found]),
-                "training": spread([_with_update_ms(row["training"]) for _, row in found]),
-            }
-        )
+        if kept := [(cell, row) for cell, row in found if "figures" in row]:
+            group_of(where)["rows"].append(
+                {
+                    "name": name,
+                    "point": point,
+                    "budget": kept[0][0].budget,
+                    "seeds": [cell.seed for cell, _ in kept],
+                    "folders": [str(cell.folder) for cell, _ in kept],
+                    "figures": spread([row["figures"] for _, row in kept]),
+                    "training": spread([_with_update_ms(row["training"]) for _, row in kept]),
+                }
+            )
+        reasons: dict[str, list[int]] = {}
+        for cell, row in found:
+            if reason := row.get("impossible"):
+                reasons.setdefault(reason, []).append(cell.seed)
+        for reason, seeds in reasons.items():
+            group_of(where)["left_out"].append({"name": name, "point": point, "seeds": seeds, "reason": reason})
     for one in left_out:
-        groups[group_name(one.group)]["left_out"].append({"name": one.name, "point": one.point, "reason": one.reason})
+        group_of(group_name(one.group))["left_out"].append(
+            {"name": one.name, "point": one.point, "seeds": comparison.seeds, "reason": one.reason}
+        )
     for group in groups.values():
         group["rows"].sort(key=_table_order)
     return {
@@ -138,10 +148,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The tables of a report."""
     parts = [f"# {report['title']}", provenance(report)]
     for group in report["groups"]:
-        parts += [f"## {group['name']}", _markdown_table(quality_table(group)), meaning(report, group)]
+        parts.append(f"## {group['name']}")
+        if group["rows"]:
+            parts += [_markdown_table(quality_table(group)), meaning(report, group)]
         if len(cost := training_table(group)) > 1:
             parts += ["Training, a seed:", _markdown_table(cost)]
-        parts += [f"Left out: {one['name']} at {one['point']}: {one['reason']}." for one in group["left_out"]]
+        parts += left_out_lines(report, group)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -170,6 +182,16 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
             "score at the same number of samples is the floor."
         )
     return said
+
+
+def left_out_lines(report: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
+    """A sentence on each row that could not be, wholly or with some of the seeds, and why."""
+    lines = []
+    for one in group["left_out"]:
+        what = " at ".join(filter(None, (one["name"], one["point"])))
+        some = f" with seed {', '.join(map(str, one['seeds']))}" if one["seeds"] != report["seeds"] else ""
+        lines.append(f"{what}{some} is left out: {one['reason']}.")
+    return lines
 
 
 def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:

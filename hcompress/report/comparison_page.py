@@ -22,6 +22,7 @@ from hcompress.report.comparison import (
     best_rows,
     columns_of,
     floors_of,
+    left_out_lines,
     meaning,
     trained_rows,
     training_table,
@@ -67,8 +68,7 @@ def _facts(report: Mapping[str, Any]) -> str:
     environment, missing = report["environment"], report["cells"] - report["finished"]
     facts = {
         "Samples": f"{report['samples']} a row and seed",
-        "Seeds": ", ".join(map(str, report["seeds"]))
-        + (f"; mean ± {SPREAD}" if len(report["seeds"]) > 1 else ""),
+        "Seeds": ", ".join(map(str, report["seeds"])) + (f"; mean ± {SPREAD}" if len(report["seeds"]) > 1 else ""),
         "Measured": f"{report['date']}, {report['runner']}",
         "Machine": f"{environment['cpu']}, {environment['cores']} threads",
         "Software": f"torch {environment['packages']['torch']}, hcompress {environment['packages']['hcompress']}",
@@ -80,17 +80,16 @@ def _facts(report: Mapping[str, Any]) -> str:
 
 def _group(group: Mapping[str, Any], out: Path, report: Mapping[str, Any]) -> str:
     series = [name for name in group["methods"] if name != UNCACHED]
-    left_out = [f"{one['name']} at {one['point']} is left out: {one['reason']}." for one in group["left_out"]]
-    parts = [
-        f"<h2>{escape(group['name'])}</h2>",
-        _plots(group, series),
-        "<h3>All figures</h3>",
-        _table(group),
-        f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
-        *(f'<p class="note">{escape(line)}</p>' for line in left_out),
-        _sheets(group, out, report["samples"]),
-        _training(group),
-    ]
+    left_out = [f'<p class="note">{escape(line)}</p>' for line in left_out_lines(report, group)]
+    parts = [f"<h2>{escape(group['name'])}</h2>", *left_out]
+    if group["rows"]:
+        parts[1:1] = [
+            _plots(group, series),
+            "<h3>All figures</h3>",
+            _table(group),
+            f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
+        ]
+        parts += [_sheets(group, out, report["samples"]), _training(group)]
     return f"<section>{''.join(parts)}</section>"
 
 
