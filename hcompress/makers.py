@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hcompress.caching.problem import Method, OneProcess
 from hcompress.comparison import Cell
-from hcompress.errors import NoSchedule, SolverError
+from hcompress.errors import NoSchedule, RunError, ScheduleError, SolverError
 from hcompress.prune.finetune import ROUND
 from hcompress.pruning import prune
 from hcompress.quantize import quantize
@@ -76,7 +76,7 @@ def _cached(place: Place, cell: Cell, tell: Tell) -> Made:
 
     setting, run = place.setting(cell.group), open_run(place.out / cell.folder, recipe, resume=True)
     if run.schedule.exists():
-        schedule = Schedule.load(run.schedule)
+        schedule = _learned(run, setting)
     else:
         try:
             schedule = train(
@@ -139,6 +139,16 @@ MAKERS: dict[type[Run], Callable[[Place, Cell, Tell], Made]] = {
     QuantRecipe: _quantized,
     PruneRecipe: _pruned,
 }
+
+
+def _learned(run: RunDir, setting: Setting) -> Schedule:
+    """The schedule of a finished training. Raises RunError where that was of other weights."""
+    schedule = Schedule.load(run.schedule)
+    try:
+        schedule.check_fits(setting.adapter.graph, setting.identity)
+    except ScheduleError as error:
+        raise RunError(f"{run.path} was trained on another model, pass another --out: {error}") from error
+    return schedule
 
 
 def _training(run: RunDir, updates_per_round: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_dit
 
 from hcompress.compare import compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison
@@ -161,6 +162,67 @@ def test_finished_cells_are_not_done_again_and_the_comparison_may_grow(asked, do
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+def changed(out: Path, change) -> None:
+    """Change every row in `out`."""
+    for file in out.rglob("row-*.json"):
+        row = json.loads(file.read_text())
+        change(row)
+        file.write_text(json.dumps(row))
+
+
+TIMED = {
+    "batch": lambda row: row["measured"].update(batch=7),
+    "rounds": lambda row: row["measured"].update(rounds=9),
+    "device": lambda row: row["measured"].update(device="cuda", device_name="some GPU", threads=None),
+    "threads": lambda row: row["measured"].update(threads=64),
+}
+
+
+@pytest.mark.parametrize("what", TIMED)
+def test_cells_that_were_timed_otherwise_are_timed_anew_and_keep_their_other_figures(asked, done, tmp_path, what):
+    out, one_seed = tmp_path / "out", asked.model_copy(update={"seeds": [0]})
+    shutil.copytree(done, out)
+    changed(out, TIMED[what])
+    compare(one_seed, out, watch := Watched())
+    assert {doing for _, _, doing in watch.told} == {"timing"} and len({name for name, *_ in watch.told}) == 6
+    for file in out.rglob("*seed-0/row-*.json"):
+        new, old = (json.loads((folder / file.relative_to(out)).read_text()) for folder in (out, done))
+        assert untimed(file) == untimed(done / file.relative_to(out)) and new["measured"] == old["measured"]
+    compare(one_seed, out, again := Watched())
+    assert not again.told
+
+
+def test_rows_of_earlier_versions_are_measured_anew_from_what_was_trained(asked, done, tmp_path):
+    def forget(row: dict) -> None:
+        del row["weights"], row["measured"]
+
+    out, one_seed = tmp_path / "out", asked.model_copy(update={"seeds": [0]})
+    shutil.copytree(done, out)
+    changed(out, forget)
+    report = compare(one_seed, out, watch := Watched())
+    assert {doing for _, _, doing in watch.told} == {"sampling", "timing", "measuring"}
+    assert report["measured"].keys() == {"date", "machine", "software", "timing"}
+    for file in out.rglob("*seed-0/row-*.json"):
+        row = json.loads(file.read_text())
+        assert row["weights"] and row["measured"]["batch"] == 2
+        # one thread adds up in another order than two: 4e-6 dB of 50 were seen
+        assert untimed(file) == pytest.approx(untimed(done / file.relative_to(out)), rel=1e-5)
+
+
+def test_a_model_whose_weights_have_changed_is_refused_with_the_way_out(tiny_run, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_run.parent / "model", model)
+    few = {"seeds": [0], "samples": 2, "batch": 1, "rounds": 1, "fewer_steps": False}
+    names = [recipe(tmp_path, "random", model, RANDOM)]
+    compare(load_comparison(names, few), out, Watched())
+    make_dit(channels=1, seed=1).network.save_pretrained(model / "transformer")
+    # the same cells, and others under which the old schedule would run
+    for more, match in (({}, "uncached_seed-0 was measured with other"), ({"samples": 3}, "trained on another model")):
+        with pytest.raises(RunError, match=f"{match}.*pass another --out") as caught:
+            compare(load_comparison(names, few | more), out, Watched())
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("what", ["training", "sampling"])
 def test_an_interrupted_comparison_keeps_its_rows_and_goes_on_where_it_was(asked, done, tmp_path, what):
     one_seed = asked.model_copy(update={"seeds": [0]})
@@ -244,11 +306,22 @@ def test_all_runners_draw_the_same_samples(asked, done, tmp_path):
     for name, runner in RUNNERS.items():
         counted = []
         with runner(setting, schedule, tmp_path) as draw:
-            drawn[name] = draw(3, 7, counted.append)
-        assert counted[-1] == 3 and not [*tmp_path.iterdir()]
+            drawn[name] = draw(3, 7, 2, counted.append)
+        assert {*counted} - {0} == {2, 3} and not [*tmp_path.iterdir()]
     one, *others = drawn.values()
     for other in others:
         assert (one - other).abs().max() < 1e-5 < one.abs().max()
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_as_many_samples_run_at_once_as_are_asked_for(asked, tmp_path, runner):
+    """Nothing is told of less than all of them, however many: what is timed is one batch."""
+    setting = setting_of(cells_of(asked)[0][0].group)
+    with RUNNERS[runner](setting, None, tmp_path) as draw:
+        for count in (5, 70):
+            told = []
+            assert len(draw(count, 0, count, told.append)) == count
+            assert {*told} - {0} == {count}
 
 
 @pytest.mark.slow  # two interpreters
