@@ -55,6 +55,42 @@ def test_every_finished_cell_is_in_a_row_or_left_out_with_its_reason(outcomes):
         assert ("with seed" in line) == (one["seeds"] != comparison.seeds)
 
 
+MEASURED = {"date": "2026-01-05", "batch": 8, "rounds": 5, "device": "cpu", "device_name": "a CPU", "threads": 4}
+MEASURED |= {"packages": {"hcompress": "1.0", "torch": "2.9"}}
+OTHERWISE = {
+    "date": ({"date": "2026-01-02"}, "2026-01-02 to 2026-01-05"),
+    "threads": ({"threads": 1}, "a CPU, 4 threads (but a CPU, 1 thread for FORA CUR 40 % seed 1)"),
+    "GPU": ({"device": "cuda", "device_name": "a GPU", "threads": None}, "4 threads (but a GPU for FORA CUR 40 % seed"),
+    "version": ({"packages": {"hcompress": "1.0", "torch": "2.8"}}, "torch 2.9 (but hcompress 1.0, torch 2.8 for FORA"),
+    "batch": ({"batch": 1}, "8 samples at once, median of 5 rounds (but 1 sample at once, median of 5 rounds for FORA"),
+    "nothing": (None, "a CPU, 4 threads (but unrecorded for FORA CUR 40 % seed 1)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_the_report_says_what_rows_recorded_and_where_they_differ(tmp_path, name):
+    """It does so wherever and whenever it is written: all that it says of machines and versions is from the rows."""
+    comparison = asked()
+    cells = cells_of(comparison)[0]
+    for cell in cells:
+        keep(tmp_path, comparison, cell, "figures", measured=MEASURED)
+    write_report(comparison, cells, [], tmp_path)
+    pages = [(tmp_path / file).read_text() for file in ("compare.md", "compare.html")]
+    assert all("2026-01-05" in page and "a CPU, 4 threads" in page and "(but" not in page for page in pages)
+    change, line = OTHERWISE[name]
+    one = next(cell for cell in cells if (cell.name, cell.seed) == ("FORA", 1))
+    keep(tmp_path, comparison, one, "figures", **({} if change is None else {"measured": MEASURED | change}))
+    write_report(comparison, cells, [], tmp_path)
+    for file in ("compare.md", "compare.html"):
+        assert line in (tmp_path / file).read_text()
+
+
+def test_the_report_of_nothing_is_written(tmp_path):
+    comparison = asked()
+    write_report(comparison, cells_of(comparison)[0], [], tmp_path)
+    assert "9 of 9 cells are not finished" in (tmp_path / "compare.md").read_text()
+
+
 @pytest.mark.parametrize("impossible", [0, 2])
 def test_the_whole_report_of_seeds_that_differ_is_written(tmp_path, impossible):
     comparison = asked()

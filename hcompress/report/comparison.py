@@ -6,12 +6,11 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, row_file
-from hcompress.rundir import environment
+from hcompress.report.measured import described, recorded
 from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
@@ -76,9 +75,9 @@ TRAINING = {
 def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path) -> dict[str, Any]:
     """The whole report as one JSON object; figures are {"mean", "std", "seeds"}, see `spread`.
 
-    {"title", "date", "environment", "samples", "runner", "batch", "seeds", "finished", "cells", "groups": [{"name",
-    "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}],
-    "left_out": [{"name", "point", "seeds", "reason"}]}]}
+    {"title", "samples", "runner", "seeds", "finished", "cells", "measured": see hcompress.report.measured, "groups":
+    [{"name", "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out":
+    [{"name", "point", "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
 
@@ -117,16 +116,15 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
         )
     for group in groups.values():
         group["rows"].sort(key=_table_order)
+    every = [one for found in rows.values() for one in found]
     return {
         "title": comparison.title,
-        "date": str(date.today()),
-        "environment": environment(),
         "samples": comparison.samples,
         "runner": comparison.runner,
-        "batch": comparison.batch,
         "seeds": comparison.seeds,
         "finished": len(finished),
         "cells": len(cells),
+        "measured": recorded((_name(cell, len(groups) > 1), row) for cell, row in every if "figures" in row),
         "groups": list(groups.values()),
     }
 
@@ -159,12 +157,12 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def provenance(report: Mapping[str, Any]) -> str:
     """Where the figures come from."""
-    environment, seeds = report["environment"], report["seeds"]
+    seeds, found = report["seeds"], report["measured"]
     over = f"mean ± {SPREAD} over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     missing = report["cells"] - report["finished"]
     return (
-        f"{report['samples']} samples a row and seed, {over}; {report['date']}, {environment['cpu']}, "
-        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}."
+        f"{report['samples']} samples a row and seed, {over}; measured {described(found, 'date')} on "
+        f"{described(found, 'machine')}, by {report['runner']}, with {described(found, 'software')}."
         + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
     )
 
@@ -173,8 +171,8 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     """What the columns of a table are."""
     said = (
         "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. CUR is the share of branch "
-        f"evaluations that are reused; latency is that of {report['batch']} samples, and speed-up is over the uncached "
-        "model, timed in turns."
+        f"evaluations that are reused; latency is of {described(report['measured'], 'timing')}; speed-up is over the "
+        "uncached model, timed in turns."
     )
     if floors_of(group):
         said += (
@@ -258,6 +256,12 @@ def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
     sign = -1 if column.better == "lower" else 1
     mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731
     return {max(indices, key=mean) for indices in budgets.values() if len(indices) > 1}
+
+
+def _name(cell: Cell, several: bool) -> str:
+    """What a sentence calls a cell, of one among `several` groups."""
+    name = " ".join(filter(None, (cell.name, cell.point, f"seed {cell.seed}")))
+    return f"{cell.row[0]}: {name}" if several else name
 
 
 def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:

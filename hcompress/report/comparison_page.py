@@ -28,6 +28,7 @@ from hcompress.report.comparison import (
     training_table,
     written,
 )
+from hcompress.report.measured import described
 from hcompress.report.page import write_page
 from hcompress.report.scatter import MARKERS, Level, Point, colour, marker, scatter_svg
 from hcompress.schedule import Schedule
@@ -65,13 +66,13 @@ def _lead(report: Mapping[str, Any]) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> str:
-    environment, missing = report["environment"], report["cells"] - report["finished"]
+    missing, found = report["cells"] - report["finished"], report["measured"]
     facts = {
         "Samples": f"{report['samples']} a row and seed",
         "Seeds": ", ".join(map(str, report["seeds"])) + (f"; mean ± {SPREAD}" if len(report["seeds"]) > 1 else ""),
-        "Measured": f"{report['date']}, {report['runner']}",
-        "Machine": f"{environment['cpu']}, {environment['cores']} threads",
-        "Software": f"torch {environment['packages']['torch']}, hcompress {environment['packages']['hcompress']}",
+        "Measured": f"{described(found, 'date')}, {report['runner']}",
+        "Machine": described(found, "machine"),
+        "Software": described(found, "software"),
         "Finished": f"{report['finished']} of {report['cells']} cells" if missing else "all cells",
     }
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
