@@ -94,15 +94,10 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
         _open_folder(out, comparison)
     failures: list[str] = []
     with Bench(comparison, out, watch, device) as bench:
-        groups = {group_name(cell.group): cell.group for cell in cells}
-        share = {}
-        for name, group in groups.items():
-            graph = bench.setting(group).adapter.graph
-            share[name] = float(graph.macs.sum() / graph.call_macs)
+        for group in _groups(cells):
             if line := left_out(bench.setting(group)):
                 watch.notice(line)
-        if comparison.fewer_steps:
-            cells = in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+        cells = with_fewer_steps(comparison, cells, bench.setting)
         mine = cells[ranks.rank :: ranks.world]
         watch.start(mine)
         try:
@@ -124,13 +119,46 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
     return report if ranks.rank == 0 else {}
 
 
+def with_fewer_steps(comparison: Comparison, cells: list[Cell], setting: Callable[[Run], Setting]) -> list[Cell]:
+    """`cells` and, where the comparison asks for them, those of fewer steps; `setting` opens a group's model."""
+    if not comparison.fewer_steps:
+        return cells
+    graphs = {group_name(group): setting(group).adapter.graph for group in _groups(cells)}
+    share = {name: float(graph.macs.sum() / graph.call_macs) for name, graph in graphs.items()}
+    return in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+
+
+def _groups(cells: Sequence[Cell]) -> list[Run]:
+    return [*{group_name(cell.group): cell.group for cell in cells}.values()]
+
+
+@final
+class Settings:
+    """Opens the uncached model of a group; of one model under several solvers there is one copy."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._opened: dict[str, Setting] = {}
+
+    def __call__(self, group: Run) -> Setting:
+        """Its setting, the same each time. Raises ModelError, SolverError."""
+        name = group_name(group)
+        if name not in self._opened:
+            same = next((one for one in self._opened.values() if one.model.name == group.model), None)
+            if same is None:
+                self._opened[name] = setting_of(group, device=self.device)
+            else:
+                self._opened[name] = under_solver(same.model, group.solver.name, group.solver.steps, group.cfg)
+        return self._opened[name]
+
+
 @final
 class Bench:
     """What the cells of a comparison share: opened models and, for timing, their uncached runners."""
 
     def __init__(self, comparison: Comparison, out: Path, watch: Watch, device: str) -> None:
         self.comparison, self.out, self.watch, self.device = comparison, out, watch, device
-        self._settings: dict[str, Setting] = {}
+        self._settings = Settings(device)
         self._dense: dict[str, Draw] = {}
         self._judge: Judge | None = None
         self._runners = ExitStack()
@@ -146,15 +174,8 @@ class Bench:
         self._runners.close()
 
     def setting(self, group: Run) -> Setting:
-        """The uncached model of `group`; of one model under several solvers there is one copy."""
-        name = group_name(group)
-        if name not in self._settings:
-            opened = next((one for one in self._settings.values() if one.model.name == group.model), None)
-            if opened is None:
-                self._settings[name] = setting_of(group, device=self.device)
-            else:
-                self._settings[name] = under_solver(opened.model, group.solver.name, group.solver.steps, group.cfg)
-        return self._settings[name]
+        """The uncached model of `group`."""
+        return self._settings(group)
 
     def finish(self, cell: Cell) -> None:
         """Make, sample and measure `cell`, as far as that is not done.

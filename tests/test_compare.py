@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import make_dit
 
 from hcompress.compare import compare
@@ -276,6 +277,17 @@ def test_what_no_method_allows_is_left_out_with_its_reason(tiny_run, tmp_path):
     (left_out,) = report["groups"][0]["left_out"]
     assert left_out["point"] == "CUR 5 %" and "no interval of 5 calls" in left_out["reason"]
     assert report["finished"] == report["cells"] == 3
+
+
+def test_a_dry_run_names_all_cells_and_leaves_nothing(hcompress, asked, done, tmp_path):
+    file = tmp_path / "asked.yaml"
+    file.write_text(yaml.safe_dump(asked.model_dump(exclude_none=True)))
+    for flags in ([], ["--json"]):
+        code, told, _ = hcompress("compare", file, "--out", tmp_path / "out", "--dry-run", *flags)
+        folders = json.loads(told)["folders"] if flags else told.split()
+        assert code == 0 and {*folders} == {str(file.parent.relative_to(done)) for file in done.rglob("row-*.json")}
+    assert json.loads(told)["cells"] == len(folders) == read(done)["cells"]
+    assert sum("fewer-steps" in folder for folder in folders) == 2 and not (tmp_path / "out").exists()
 
 
 def test_another_recipe_another_folder_and_a_missing_model_are_refused(asked, done, tmp_path):

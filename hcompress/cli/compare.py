@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from hcompress.comparison import Comparison
 
 
 def compare(
@@ -33,7 +37,7 @@ def compare(
 
     Example: hcompress compare fashion-dit_ddim20 --out runs/compare-20
     """
-    from hcompress.comparison import cells_of, load_comparison, numbers
+    from hcompress.comparison import load_comparison, numbers
 
     flags = {
         "budgets": numbers("--budgets", budgets, float),
@@ -44,9 +48,8 @@ def compare(
     }
     comparison = load_comparison(recipes, flags)
     if dry_run:
-        cells, left_out = cells_of(comparison)
-        lines = [str(cell.folder) for cell in cells] + [f"{one.name} {one.point}: {one.reason}" for one in left_out]
-        print(json.dumps({"cells": len(cells), "comparison": comparison.model_dump()}) if as_json else "\n".join(lines))
+        plan = _plan(comparison, device)
+        print(json.dumps(plan) if as_json else "\n".join([*plan["folders"], *plan["left_out"]]))
         return
     from hcompress.compare import compare as run
     from hcompress.report.comparison_progress import ComparisonDisplay
@@ -60,3 +63,26 @@ def compare(
         raise typer.Exit(130) from None
     if speaks:
         print(json.dumps(report) if as_json else out / "compare.html")
+
+
+def _plan(comparison: Comparison, device: str) -> dict[str, Any]:
+    """The cells of a run, by their folders, and what is left out of it; of fewer steps the models' MACs say how many.
+
+    Without torch, or a model, these are left out of the plan, with the reason.
+    """
+    from hcompress.comparison import cells_of
+    from hcompress.errors import AbsentModel, MissingExtra, missing
+
+    cells, left_out = cells_of(comparison)
+    lines = [f"{one.name} {one.point}: {one.reason}" for one in left_out]
+    if comparison.fewer_steps and any(cell.budget is not None for cell in cells):
+        try:
+            if find_spec("torch") is None:
+                raise missing("torch", "train")
+            from hcompress.compare import Settings, with_fewer_steps
+
+            cells = with_fewer_steps(comparison, cells, Settings(device))
+        except (AbsentModel, MissingExtra) as error:
+            lines.append(f"fewer steps, as many as each budget pays for: {error}")
+    folders = [str(cell.folder) for cell in cells]
+    return {"cells": len(cells), "folders": folders, "left_out": lines, "comparison": comparison.model_dump()}
