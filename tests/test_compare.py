@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,22 @@ def test_an_interrupted_comparison_keeps_its_rows_and_goes_on_where_it_was(asked
     for file in (tmp_path / "out").rglob("row-*.json"):
         # one thread adds up in another order than two: 4e-6 dB of 50 were seen
         assert untimed(file) == pytest.approx(untimed(done / file.relative_to(tmp_path / "out")), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stopped_command_leaves_the_report_of_what_is_finished(asked, tmp_path, how):
+    command = [sys.executable, "-m", "hcompress.cli.main", "compare", asked.recipes[1].recipe]
+    command += ["--seeds", ",".join(map(str, range(500))), "--samples", "3", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not [*tmp_path.rglob("row-*.json")] and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(how)
+            said = process.communicate(timeout=100)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + how and "the same command goes on" in said
+    assert 0 < read(tmp_path / "out")["finished"] < 1500 and (tmp_path / "out" / "compare.html").exists()
 
 
 def test_a_cell_that_fails_leaves_the_others_and_is_named(asked, tiny_run, tmp_path):

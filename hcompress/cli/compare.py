@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from hcompress.comparison import Comparison
 
 
@@ -32,8 +35,8 @@ def compare(
 ) -> None:
     """Train, sample and measure every recipe at every budget with every seed; leave compare.html, .md and .json in OUT.
 
-    The same command goes on where it stopped; cells that are finished are never done again. On several GPUs:
-    accelerate launch -m hcompress.cli.main compare ...
+    The same command goes on where it stopped. Cells that are finished are not done again, but timed anew where they were
+    timed with other settings or on another machine. On several GPUs: accelerate launch -m hcompress.cli.main compare ...
 
     Example: hcompress compare fashion-dit_ddim20 --out runs/compare-20
     """
@@ -55,14 +58,22 @@ def compare(
     from hcompress.report.comparison_progress import ComparisonDisplay
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         with ComparisonDisplay(speaks=speaks) as display:
             report = run(comparison, out, display, device=device)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"stopped; finished rows are in {out / 'compare.html'}: the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + next(iter(stopped.args), signal.SIGINT)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if speaks:
         print(json.dumps(report) if as_json else out / "compare.html")
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """As Ctrl-C does, which leaves the report behind."""
+    raise KeyboardInterrupt(number)
 
 
 def _plan(comparison: Comparison, device: str) -> dict[str, Any]:
