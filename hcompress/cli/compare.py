@@ -35,8 +35,9 @@ def compare(
 ) -> None:
     """Train, sample and measure every recipe at every budget with every seed; leave compare.html, .md and .json in OUT.
 
-    The same command goes on where it stopped. Cells that are finished are not done again, but timed anew where they were
-    timed with other settings or on another machine. On several GPUs: accelerate launch -m hcompress.cli.main compare ...
+    The same command goes on where it stopped. Cells that are finished are never done again; those that were timed with
+    other settings or on another machine are timed anew. On several GPUs:
+    accelerate launch -m hcompress.cli.main compare ...
 
     Example: hcompress compare fashion-dit_ddim20 --out runs/compare-20
     """
@@ -51,7 +52,7 @@ def compare(
     }
     comparison = load_comparison(recipes, flags)
     if dry_run:
-        plan = _plan(comparison, device)
+        plan = _plan(comparison)
         print(json.dumps(plan) if as_json else "\n".join([*plan["folders"], *plan["left_out"]]))
         return
     from hcompress.compare import compare as run
@@ -76,7 +77,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def _plan(comparison: Comparison, device: str) -> dict[str, Any]:
+def _plan(comparison: Comparison) -> dict[str, Any]:
     """The cells of a run, by their folders, and what is left out of it; of fewer steps the models' MACs say how many.
 
     Without torch, or a model, these are left out of the plan, with the reason.
@@ -92,7 +93,7 @@ def _plan(comparison: Comparison, device: str) -> dict[str, Any]:
                 raise missing("torch", "train")
             from hcompress.compare import Settings, with_fewer_steps
 
-            cells = with_fewer_steps(comparison, cells, Settings(device))
+            cells = with_fewer_steps(comparison, cells, Settings("cpu"))
         except (AbsentModel, MissingExtra) as error:
             lines.append(f"fewer steps, as many as each budget pays for: {error}")
     folders = [str(cell.folder) for cell in cells]
