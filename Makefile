@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PATHS := hcompress export tests
+PATHS := hcompress export tests benchmarks
 
 .PHONY: demo test test-all lint bench gpu-check clean
 .PHONY: zoo-fashion-dit zoo-fashion-uvit zoo-fashion-classifier zoo-emoji-pixart zoo-emoji-clip
@@ -11,7 +11,7 @@ PATHS := hcompress export tests
 # torch-fidelity without torchvision, which it asks for and hcompress does not use: a CUDA build of it beside a CPU torch
 # breaks transformers.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hcompress needs Python 3.11 to 3.13; say PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "hcompress needs Python 3.11 to 3.13; say PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing hcompress and what it needs into .venv (a few minutes, once)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[train,cpu,trt-rtx,prune,dev]'
@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff check $(PATHS)
 	@$(BIN)/mypy
 
-bench: $(INSTALLED)
+bench: $(INSTALLED)  # after `make demo`
 	@$(BIN)/hcompress bench out/demo/bundle
 
 # Installs nothing: on a CUDA machine without a package index it takes the Python at hand and skips what is missing.

@@ -1,6 +1,6 @@
 """TensorRT-RTX engines built ahead of time, without a GPU: sizes and build times.
 
-    python benchmarks/engines.py                    # zoo:fashion-dit and random:DiT-XL-2-256; about five minutes
+    python benchmarks/engines.py                    # zoo:fashion-dit and random:DiT-XL-2-256; about ten minutes
 
 T = 20, random masks of CUR 37.5 %, so 20 distinct graphs of each model, and the solver's update; `per-mask` layout, so
 an engine holds kernels and no weights. Each is parsed and built in a process of its own; what is in --work is not built
@@ -26,8 +26,8 @@ from hcompress_runtime.engine_cache import build_engines
 MODELS = {"zoo:fashion-dit": "float32", "random:DiT-XL-2-256": "float16"}
 SCHEDULE, STEPS, BATCH = "random:0.375", 20, 8
 HEAD = (
-    "| model | target | engines | weights (MB) | engine, mean (MB) | largest (MB) | of the weights "
-    "| unpacked, mean (MB) | of the weights | build, mean (s) |"
+    "| model | target | engines | weights (MB) | engine, mean (MB) | largest (MB) | largest / weights "
+    "| unpacked, mean (MB) | mean / weights | build, mean (s) |"
 )
 
 

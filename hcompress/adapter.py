@@ -131,8 +131,9 @@ class Adapter(ABC, nn.Module):
 
         Rows of the doubled batch are [cond ; uncond], one routing decision for both. Some pipelines put uncond first;
         no row sees another, so the order changes nothing but where a slot's rows lie. Channels beyond `guided_channels`
-        (a learned variance) keep the conditional half, as diffusers and DiT do. A scale of exactly 1.0 is no guidance;
-        a scalar Tensor is a scale that is only known later, and always doubles the rows.
+        (a learned variance) keep the conditional half, as in diffusers' pipelines; DiT's own sampler guides only three
+        of the four channels of a latent. A scale of exactly 1.0 is no guidance; a scalar Tensor is a scale that is only
+        known later, and always doubles the rows.
 
         x and output are float32 whatever the network computes in, so guidance and solver never round to a half.
         """

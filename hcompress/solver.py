@@ -35,8 +35,10 @@ Scheduler: TypeAlias = Any  # a diffusers scheduler; diffusers ships no types, a
 # Command-line name: (class in diffusers, the settings that make it this solver whatever the model's config says).
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),  # Song et al. 2021, eq. 12, eta = 0
+    "ddim-respaced": ("DDIMScheduler", {"respaced": True}),  # the same as DiT's own code has it, see `_respaced`
     "ddpm": ("DDPMScheduler", {}),  # Ho et al. 2020, algorithm 2
     "iddpm": ("DDPMScheduler", {"variance_type": "learned_range"}),  # Nichol and Dhariwal 2021, eq. 15
+    "iddpm-respaced": ("DDPMScheduler", {"variance_type": "learned_range", "respaced": True}),
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),  # Lu et al. 2022, 2M
     "dpm++-singlestep": (  # Lu et al. 2022, 2S; an odd number of steps and a last sigma of 0 need lower_order_final
         "DPMSolverSinglestepScheduler",
@@ -106,7 +108,11 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
         raise SolverError(f"{name!r} cannot follow this model's schedule: {class_name} has no rescale_betas_zero_snr")
     wanted = {"clip_sample": False, **config, **settings}
-    scheduler_class = _with_even_sigmas(classes[name]) if config.get("even_sigmas") else classes[name]
+    scheduler_class = classes[name]
+    if config.get("even_sigmas"):
+        scheduler_class = _with_even_sigmas(scheduler_class)
+    elif settings.get("respaced"):
+        scheduler_class = _respaced(scheduler_class)
     with _one_line(f"{class_name} does not take this model's config"):
         return scheduler_class.from_config({key: value for key, value in wanted.items() if key in accepted})
 
@@ -198,6 +204,35 @@ def _with_even_sigmas(scheduler_class: Any) -> Any:
         scheduler_class.set_timesteps(self, sigmas=np.linspace(1, 1 / steps, steps))
 
     return type(f"{scheduler_class.__name__}EvenSigmas", (scheduler_class,), {"set_timesteps": set_timesteps})
+
+
+@cache
+def _respaced(scheduler_class: Any) -> Any:
+    """`scheduler_class` on a noise schedule of T levels, those of timesteps round(k (N - 1) / (T - 1)) among N.
+
+    Nichol and Dhariwal 2021, section 4; the code of ADM, DiT and HarmoniCa samples so. Unlike any spacing of diffusers
+    it begins at the last timestep, ends at 0 and steps from each level to the next, the last time to no noise.
+    """
+    import torch
+
+    def set_timesteps(self: Scheduler, steps: int) -> None:
+        if steps > self.config.num_train_timesteps:
+            raise ValueError(f"the model was trained on {self.config.num_train_timesteps} timesteps")
+        kept = np.round(np.linspace(0, self.config.num_train_timesteps - 1, steps)).astype(np.int64)
+        alphas = self.alphas_cumprod.double().numpy()[kept]
+        betas = 1 - alphas / np.concatenate([[1.0], alphas[:-1]])
+        own = {"trained_betas": betas, "num_train_timesteps": steps, "timestep_spacing": "leading", "steps_offset": 0}
+        wanted = {**_settings(self), **own, "set_alpha_to_one": True}
+        self.few = scheduler_class.from_config({key: wanted[key] for key in _accepted(scheduler_class) & wanted.keys()})
+        self.few.set_timesteps(steps)
+        self.level_of = {int(timestep): level for level, timestep in enumerate(kept)}
+        self.timesteps = torch.from_numpy(kept[::-1].copy())
+
+    def step(self: Scheduler, output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        return self.few.step(output, self.level_of[int(timestep)], sample, **options)
+
+    members = {"set_timesteps": set_timesteps, "step": step}
+    return type(f"{scheduler_class.__name__}Respaced", (scheduler_class,), members)
 
 
 def _accepted(scheduler_class: Any) -> Collection[str]:

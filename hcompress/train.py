@@ -39,9 +39,12 @@ class Launched:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of `tensor` over all processes."""
+        from accelerate import PartialState
         from accelerate.utils import reduce
 
-        return reduce(tensor, "mean")
+        meeting_place = PartialState().device  # where GPUs talk to each other, nothing on a CPU is sent
+        mean: Tensor = reduce(tensor.to(meeting_place), "mean")
+        return mean.to(tensor.device)
 
     def leave(self) -> None:
         """Wait for the others and end the group; a process that just exits may abort those still talking to it."""

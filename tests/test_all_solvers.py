@@ -85,13 +85,43 @@ def test_every_output_moves_the_next_input_and_nothing_earlier(name: str) -> Non
 @pytest.mark.parametrize("name", SOLVERS)
 def test_noises_are_those_of_the_stochastic_solvers_and_come_after_their_call(name: str) -> None:
     table = _table(name, 5)
-    assert table.num_noises == {"ddpm": 4, "iddpm": 4, "lcm": 4, "dpm++-sde": 5, "sa": 5, "euler-a": 5}.get(name, 0)
+    assert table.num_noises == {
+        "ddpm": 4,
+        "iddpm": 4,
+        "iddpm-respaced": 4,
+        "lcm": 4,
+        "dpm++-sde": 5,
+        "sa": 5,
+        "euler-a": 5,
+    }.get(name, 0)
     assert not np.triu(table.noises).any()
     if table.learned is not None:  # noises are in the outputs, of every call but the last
         assert not table.noises.any()
         assert np.flatnonzero(table.learned.all(axis=1)).tolist() == [*range(table.num_noises)]
     elif table.num_noises:
         assert np.diag(table.noises, -1).any()
+
+
+@pytest.mark.parametrize("steps", [5, 20, 250])
+def test_respaced_ddim_is_that_of_the_closed_form_on_evenly_spread_levels(steps: int) -> None:
+    """From timestep 999 to 0 and on to no noise, as the released code of DiT has it."""
+    table = probe(make_scheduler("ddim-respaced", {"beta_schedule": "linear"}), steps)
+    timesteps = [round(k * 999 / (steps - 1)) for k in reversed(range(steps))]
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps]
+    rows = [np.eye(1 + steps)[0]]
+    for call, (now, then) in enumerate(zip(kept, [*kept[1:], 1.0], strict=True)):
+        denoised = (rows[-1] - np.sqrt(1 - now) * np.eye(1 + steps)[1 + call]) / np.sqrt(now)
+        rows.append(np.sqrt(then) * denoised + np.sqrt(1 - then) * np.eye(1 + steps)[1 + call])
+    assert table.timesteps.tolist() == timesteps
+    got = np.concatenate([table.start[:, None], table.outputs], axis=1)
+    # 1e-5: diffusers holds its noise levels in float32 (eps 6e-8), and the first of 1 000 is 4e-5 from no signal.
+    assert np.abs(got - np.array(rows)).max() <= 1e-5 * np.abs(rows).max()
+
+
+@pytest.mark.parametrize("name", ["ddim-respaced", "iddpm-respaced"])
+def test_respacing_needs_no_more_steps_than_timesteps(name: str) -> None:
+    with pytest.raises(SolverError, match=r"1001 steps: .*1000"):
+        probe(make_scheduler(name, {}), 1001)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -176,7 +206,7 @@ def test_a_solver_that_is_not_affine_for_an_unnamed_reason_is_refused_by_its_num
     ("name", "steps"), [(name, 0) for name in SOLVERS] + [("ddim", -1), ("lcm", 51), *TOO_FEW_STEPS]
 )
 def test_a_number_of_steps_that_cannot_be_made_is_refused_with_the_reason(name: str, steps: int) -> None:
-    with pytest.raises(SolverError, match=f"^{SOLVERS[name][0]} cannot make {steps} steps[:;] .+$"):
+    with pytest.raises(SolverError, match=f"^{SOLVERS[name][0]}(Respaced)? cannot make {steps} steps[:;] .+$"):
         probe(make_scheduler(name, {}), steps)
 
 
@@ -234,7 +264,7 @@ def test_a_solver_that_does_not_suit_the_model_is_refused(name: str, config: dic
 def test_identity_follows_the_settings_and_nothing_else(name: str) -> None:
     scheduler = make_scheduler(name, {})
     own = solver_identity(scheduler, 20)
-    assert own["class"] == SOLVERS[name][0] and own["steps"] == 20
+    assert own["class"].removesuffix("Respaced") == SOLVERS[name][0] and own["steps"] == 20
     shuffled = dict(reversed(scheduler.config.items()))
     scheduler.set_timesteps(5)
     assert solver_identity(scheduler, 20) == solver_identity(make_scheduler(name, shuffled), 20) == own

@@ -228,7 +228,7 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
 def test_all_shipped_recipes_resolve_and_say_what_they_are(name):
     file = find(name)
     recipe = resolve_any(file)
-    solver = f"{recipe.solver.name}{recipe.solver.steps}"
+    solver = f"{recipe.solver.name.removesuffix('-respaced')}{recipe.solver.steps}"
     model = recipe.model.removeprefix("zoo:").rpartition("/")[2].lower()
     method = getattr(recipe, section_of(type(recipe))).method
     assert name.startswith(f"{model}_{solver}_{method}")

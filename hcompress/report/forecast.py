@@ -60,8 +60,7 @@ def _fits(recipe: Recipe, calls: int) -> dict[str, int]:
 
 def outline(recipe: Run, absent: AbsentModel) -> dict[str, Any]:
     """What can be said of a run while its model is out of reach: that it fits together, and its solver's calls."""
-    config = {"variance_type": "learned_range"} if recipe.solver.name == "iddpm" else {}
-    scheduler = make_scheduler(recipe.solver.name, config)
+    scheduler = make_scheduler(recipe.solver.name, {})
     calls = probe(scheduler, recipe.solver.steps).num_calls
     kind = solver_identity(scheduler, recipe.solver.steps)["class"]
     told: dict[str, Any] = recipe.model_dump(exclude_none=True)

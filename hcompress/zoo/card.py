@@ -55,7 +55,7 @@ Six samples of each class (columns), {solver}, {steps} steps, guidance {cfg}, se
 
 ## Quality
 
-{samples} samples, {steps} {solver} steps, guidance {cfg}, seed {seed}, measured by `python -m hcompress.zoo.card`. The
+{samples} samples, {steps} {solver} steps, guidance {cfg}, seed {seed}, by `python -m hcompress.zoo.card {name}`. The
 metrics are this project's own offline ones (see `../fashion-classifier`); none of them is FID or IS. The floor is real
 images against real images.
 
