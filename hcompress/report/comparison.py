@@ -160,10 +160,12 @@ def provenance(report: Mapping[str, Any]) -> str:
     seeds, found = report["seeds"], report["measured"]
     over = f"mean ± {SPREAD} over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     missing = report["cells"] - report["finished"]
-    return (
-        f"{report['samples']} samples a row and seed, {over}; measured {described(found, 'date')} on "
-        f"{described(found, 'machine')}, by {report['runner']}, with {described(found, 'software')}."
-        + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
+    measured = (
+        f"; measured {described(found, 'date')} on {described(found, 'machine')}, by {report['runner']}, with "
+        f"{described(found, 'software')}"
+    )
+    return f"{report['samples']} samples a row and seed, {over}{measured if found['date'] else ''}." + (
+        f" **{missing} of {report['cells']} cells are not finished.**" if missing else ""
     )
 
 
