@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from fnmatch import fnmatchcase
@@ -108,17 +107,13 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
 
 
 def summarise(folder: Path, samples: int, kinds: Iterable[str], seeds: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Mean and spread (standard deviation over seeds) of each row."""
+    """Mean and sample standard deviation (n - 1) over seeds of each row."""
+    from hcompress.report.comparison import spread
+
     rows: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         found = [json.loads((folder / f"{samples}-{kind}-{seed}.json").read_text()) for seed in seeds]
-        rows[kind] = {
-            key: {
-                "mean": statistics.mean(row[key] for row in found),
-                "std": statistics.pstdev(row[key] for row in found),
-            }
-            for key in found[0]
-        }
+        rows[kind] = spread(found)
     return rows
 
 
@@ -235,6 +230,7 @@ def main() -> None:
     result |= {"environment": environment(), "models": {}}
     asked = ", ".join(["the recipe's settings", *args.sets])
     lines = [f"{args.samples} samples a row, seeds {', '.join(map(str, args.seeds))}; {asked}.", ""]
+    lines += ["± is the sample standard deviation (n - 1) over seeds.", ""] if len(args.seeds) > 1 else []
     args.results.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         found = {}

@@ -22,6 +22,7 @@ from hcompress.caching.tune import tune
 from hcompress.corrections import history, taylor
 from hcompress.errors import RecipeError
 from hcompress.recipe import resolve
+from hcompress.rundir import RunDir
 from hcompress.sampling import corrected, sample
 from hcompress.schedule import Schedule
 from hcompress.setting import open_finished
@@ -228,6 +229,22 @@ def test_train_leaves_a_corrected_schedule(tiny_run, tmp_path) -> None:
     assert opened.fingerprint == schedule.fingerprint
     again = replace(opened, corrections=None).reusing("taylor", setting.adapter.graph)
     assert again.fingerprint != opened.fingerprint
+
+
+@pytest.mark.parametrize("name", ["harmonica", "smoothcache", "interval"])
+def test_every_method_records_once_what_fitting_took(name, tiny_run, tmp_path) -> None:
+    settings = QUICK | USUAL[name] if name == "harmonica" else USUAL[name]
+    flags = {"model": str(tiny_run.parent / "model"), "solver.steps": 6, "caching.method": name}
+    flags |= {f"caching.{key}": value for key, value in settings.items()}
+    flags |= {"caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
+    run = RunDir(tmp_path / "run")
+    for resume in (False, True):
+        train(resolve(None, flags), run.path, resume=resume)
+        *others, last = run.records()
+        assert last.keys() >= {"stage", "seconds"} and last["stage"] == "corrections" and last["seconds"] > 0
+        assert others and all("stage" not in record for record in others)
+        rounds = sum("round" in record for record in others)
+        assert sum("seconds" in record for record in others) == (rounds or 1) and (rounds > 0) == (name == "harmonica")
 
 
 def test_too_few_samples_and_unknown_rules_are_refused_in_one_line(tiny_run) -> None:
