@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from fnmatch import fnmatchcase
@@ -76,7 +75,6 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
     """Generate and measure one row, unless its file is there."""
     import torch
 
-    from hcompress.metrics.fashion import MIN_SAMPLES
     from hcompress.report.quality import cost, distribution, generate, paired
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting, setting_of
@@ -100,8 +98,8 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
         drawn = generate(setting, samples, 100 + seed, schedule.compute, corrections=schedule.corrections)
         figures = cost(setting, schedule.compute) | {"fallbacks": schedule.fallbacks}
     if kind != "dense":
-        figures |= paired(drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
-    figures |= distribution(setting, drawn) if samples >= MIN_SAMPLES else {}
+        figures |= paired(setting, drawn, torch.from_numpy(np.load(folder / f"{samples}-dense-{seed}.npy")))
+    figures |= distribution(setting, drawn)
     np.save(images, drawn.numpy())
     file.write_text(json.dumps(figures, indent=1))
     shown = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
@@ -109,17 +107,13 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
 
 
 def summarise(folder: Path, samples: int, kinds: Iterable[str], seeds: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Mean and spread (standard deviation over seeds) of each row."""
+    """Mean and sample standard deviation (n - 1) over seeds of each row."""
+    from hcompress.report.comparison import spread
+
     rows: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         found = [json.loads((folder / f"{samples}-{kind}-{seed}.json").read_text()) for seed in seeds]
-        rows[kind] = {
-            key: {
-                "mean": statistics.mean(row[key] for row in found),
-                "std": statistics.pstdev(row[key] for row in found),
-            }
-            for key in found[0]
-        }
+        rows[kind] = spread(found)
     return rows
 
 
@@ -236,6 +230,7 @@ def main() -> None:
     result |= {"environment": environment(), "models": {}}
     asked = ", ".join(["the recipe's settings", *args.sets])
     lines = [f"{args.samples} samples a row, seeds {', '.join(map(str, args.seeds))}; {asked}.", ""]
+    lines += ["± is the sample standard deviation (n - 1) over seeds.", ""] if len(args.seeds) > 1 else []
     args.results.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         found = {}

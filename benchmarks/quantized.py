@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from datetime import date
@@ -87,7 +86,7 @@ class Rows:
         if name == "float":
             np.save(self.images, drawn.numpy())
         else:
-            figures |= paired(drawn, self.reference())
+            figures |= paired(setting, drawn, self.reference())
         figures["seconds"] = time.monotonic() - begun
         file.write_text(json.dumps(figures, indent=1))
         shown = "  ".join(f"{key} {figures[key]:.3f}" for key in SHOWN if key in figures)
@@ -159,16 +158,15 @@ def order() -> list[str]:
 
 
 def summarise(work: Path, samples: int, seeds: list[int]) -> dict[str, dict[str, Any]]:
-    """Mean and spread (standard deviation over seeds) of each row that is there."""
+    """Mean and sample standard deviation (n - 1) over seeds of each row that is there."""
+    from hcompress.report.comparison import spread
+
     summary: dict[str, dict[str, Any]] = {}
     for name in order():
         files = [file for seed in seeds if (file := work / f"{samples}-{seed}-{name}.json").exists()]
         found = [json.loads(file.read_text()) for file in files]
         if found:
-            summary[name] = {
-                key: {"mean": statistics.mean(r[key] for r in found), "std": statistics.pstdev(r[key] for r in found)}
-                for key in found[0]
-            } | {"seeds": len(found)}
+            summary[name] = spread(found) | {"seeds": len(found)}
     return summary
 
 
@@ -185,7 +183,8 @@ def table(summary: dict[str, dict[str, Any]], samples: int) -> str:
         lines.append(f"| {name} | {figures['seeds']} | " + " | ".join(cells) + " |")
     floor = summary["float"]
     floors = ", ".join(f"{n} {floor[n + '_floor']['mean']:.3f}" for n in ("fd64", "precision", "recall"))
-    return "\n".join([*lines, "", f"Real against real at the same number of samples: {floors}.", ""])
+    said = "± is the sample standard deviation (n - 1) over seeds."
+    return "\n".join([*lines, "", f"{said} Real against real at the same number of samples: {floors}.", ""])
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 OUT/comparison.yaml            what was asked; its presence makes the folder a comparison
 OUT/GROUP/METHOD_POINT_seed-S  the run folder of a cell (hcompress.rundir), where an interrupted cell goes on; in it
-    row-N-RUNNER.json          the finished cell: figures of N samples, and what its making took
+    row-N-RUNNER.json          the finished cell: figures of N samples, what its making took, the weights that it is of,
+                               and how, when and on what it was measured
     samples.png                its first ten samples, decoded where the model is latent
     samples-N-RUNNER.npy       of an uncached cell: what the others of its group and seed are compared with
 OUT/compare.{json,md,html}     the report, of all cells that are finished
@@ -10,6 +11,8 @@ OUT/compare.{json,md,html}     the report, of all cells that are finished
 Cells are independent but for the uncached ones, so a comparison can be killed, gone on with, extended by seeds, budgets
 and recipes, and divided: under `accelerate launch` cell i belongs to process i modulo their number, which trains it
 alone, and files are all that they share. Training of seed s uses seed s; all is measured on the noise of 100 + s.
+Times are those of this call's settings and machine: a finished cell with others is timed anew, and keeps its samples'
+figures. Cells of other weights are refused.
 
 Legend: N samples.
 """
@@ -20,10 +23,10 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -44,6 +47,7 @@ from hcompress.recipe import Run, first_difference
 from hcompress.report.comparison import write_report
 from hcompress.report.published import Judge
 from hcompress.report.quality import cost, distribution, left_out, paired
+from hcompress.rundir import environment
 from hcompress.runners import RUNNERS, Draw
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, setting_of, under_solver
@@ -53,6 +57,9 @@ from hcompress_runtime.images import COLUMNS, png
 from hcompress_runtime.measure import interleaved
 
 NOISE = 100  # seed s is measured on the noise of NOISE + s
+SAMPLED = 32  # at once
+TIMED = ("batch", "rounds", "device", "device_name", "threads")  # what times depend on
+VERSIONS = ("hcompress", "torch")  # that a row records, with that of its runner
 PICTURE = "samples.png"  # one row of a grid
 PATIENCE = timedelta(days=30)  # with the slowest process
 COMPARISON = "comparison.yaml"
@@ -87,15 +94,10 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
         _open_folder(out, comparison)
     failures: list[str] = []
     with Bench(comparison, out, watch, device) as bench:
-        groups = {group_name(cell.group): cell.group for cell in cells}
-        share = {}
-        for name, group in groups.items():
-            graph = bench.setting(group).adapter.graph
-            share[name] = float(graph.macs.sum() / graph.call_macs)
-            if line := left_out(bench.setting(group)):
+        for group in _groups(cells):
+            if line := left_out(bench.setting(group), comparison.samples):
                 watch.notice(line)
-        if comparison.fewer_steps:
-            cells = in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+        cells = with_fewer_steps(comparison, cells, bench.setting)
         mine = cells[ranks.rank :: ranks.world]
         watch.start(mine)
         try:
@@ -117,13 +119,46 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
     return report if ranks.rank == 0 else {}
 
 
+def with_fewer_steps(comparison: Comparison, cells: list[Cell], setting: Callable[[Run], Setting]) -> list[Cell]:
+    """`cells` and, where the comparison asks for them, those of fewer steps; `setting` opens a group's model."""
+    if not comparison.fewer_steps:
+        return cells
+    graphs = {group_name(group): setting(group).adapter.graph for group in _groups(cells)}
+    share = {name: float(graph.macs.sum() / graph.call_macs) for name, graph in graphs.items()}
+    return in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+
+
+def _groups(cells: Sequence[Cell]) -> list[Run]:
+    return [*{group_name(cell.group): cell.group for cell in cells}.values()]
+
+
+@final
+class Settings:
+    """Opens the uncached model of a group; of one model under several solvers there is one copy."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._opened: dict[str, Setting] = {}
+
+    def __call__(self, group: Run) -> Setting:
+        """Its setting, the same each time. Raises ModelError, SolverError."""
+        name = group_name(group)
+        if name not in self._opened:
+            same = next((one for one in self._opened.values() if one.model.name == group.model), None)
+            if same is None:
+                self._opened[name] = setting_of(group, device=self.device)
+            else:
+                self._opened[name] = under_solver(same.model, group.solver.name, group.solver.steps, group.cfg)
+        return self._opened[name]
+
+
 @final
 class Bench:
     """What the cells of a comparison share: opened models and, for timing, their uncached runners."""
 
     def __init__(self, comparison: Comparison, out: Path, watch: Watch, device: str) -> None:
         self.comparison, self.out, self.watch, self.device = comparison, out, watch, device
-        self._settings: dict[str, Setting] = {}
+        self._settings = Settings(device)
         self._dense: dict[str, Draw] = {}
         self._judge: Judge | None = None
         self._runners = ExitStack()
@@ -139,20 +174,16 @@ class Bench:
         self._runners.close()
 
     def setting(self, group: Run) -> Setting:
-        """The uncached model of `group`; of one model under several solvers there is one copy."""
-        name = group_name(group)
-        if name not in self._settings:
-            opened = next((one for one in self._settings.values() if one.model.name == group.model), None)
-            if opened is None:
-                self._settings[name] = setting_of(group, device=self.device)
-            else:
-                self._settings[name] = under_solver(opened.model, group.solver.name, group.solver.steps, group.cfg)
-        return self._settings[name]
+        """The uncached model of `group`."""
+        return self._settings(group)
 
     def finish(self, cell: Cell) -> None:
-        """Make, sample and measure `cell`, unless that is done. Raises RunError where another recipe made it."""
+        """Make, sample and measure `cell`, as far as that is not done.
+
+        Raises RunError where another recipe or other weights made it.
+        """
         row = self._kept(cell)
-        if row is None:
+        if row is None or self._timed_otherwise(row):
             row = {
                 "group": group_name(cell.group),
                 "name": cell.name,
@@ -161,7 +192,8 @@ class Bench:
                 "budget": cell.budget,
                 "recipe": cell.recipe.model_dump(exclude_none=True),
                 "reference": self.comparison.reference,
-                **self._outcome(cell),
+                "weights": self.setting(cell.group).identity.weight_hash,
+                **self._outcome(cell, row["figures"] if row else None),
             }
             write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
         self.watch.finished(cell, row)
@@ -178,34 +210,66 @@ class Bench:
             raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
         if difference := first_difference(made_by, cell.recipe):
             raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
+        if "weights" not in row:  # as earlier versions left it
+            return None
+        if (weights := self.setting(cell.group).identity.weight_hash) != row["weights"]:
+            raise RunError(
+                f"{file.parent} was measured with other weights of {cell.group.model} ({row['weights'][:12]}, now "
+                f"{str(weights)[:12]}); pass another --out"
+            )
         return row if self.comparison.reference in (None, row.get("reference")) else None
 
-    def _outcome(self, cell: Cell) -> dict[str, Any]:
-        """Its figures and what it took, or why there is no such schedule."""
+    def _timed_otherwise(self, row: Mapping[str, Any]) -> bool:
+        """Whether the times of a finished row are of other settings, or of another machine, than those of this call."""
+        now = self._conditions()
+        return "figures" in row and any(row["measured"][key] != now[key] for key in TIMED)
+
+    def _conditions(self) -> dict[str, Any]:
+        """What a row records of how it is measured: TIMED, date and versions. On a GPU CPU threads do not count."""
+        on_gpu, installed = torch.device(self.device).type == "cuda", environment()
+        versions = (*VERSIONS, *(["onnxruntime"] if self.comparison.runner == "onnxruntime" else []))
+        return {
+            "date": str(date.today()),
+            "batch": self.comparison.batch,
+            "rounds": self.comparison.rounds,
+            "device": torch.device(self.device).type,
+            "device_name": torch.cuda.get_device_name(self.device) if on_gpu else installed["cpu"],
+            "threads": None if on_gpu else torch.get_num_threads(),
+            "packages": {name: installed["packages"][name] for name in versions},
+        }
+
+    def _outcome(self, cell: Cell, known: Mapping[str, float] | None) -> dict[str, Any]:
+        """Its figures and what it took, or why there is no such schedule. `known`: figures but for new times."""
         tell = partial(self.watch.doing, cell)
         try:
             made = MAKERS[type(cell.recipe)](self, cell, tell)
         except Impossible as error:
             return {"impossible": str(error)}
-        return {"figures": self._measured(cell, made, tell), "training": made.training}
-
-    def _measured(self, cell: Cell, made: Made, tell: Tell) -> dict[str, float]:
-        group, setting, folder = self.setting(cell.group), made.setting, self.out / cell.folder
-        count, batch, rounds = self.comparison.samples, self.comparison.batch, self.comparison.rounds
+        folder = self.out / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
-        with RUNNERS[self.comparison.runner](setting, made.schedule, folder) as draw:
-            samples = draw(count, NOISE + cell.seed, lambda done: tell("sampling", done, count))
-            timed: dict[str, Callable[[], object]] = {"ours": lambda: draw(batch, NOISE, _unseen)}
-            if cell.name != UNCACHED:
-                timed["dense"] = lambda: self._dense_runner(cell.group)(batch, NOISE, _unseen)
-            times = interleaved(timed, rounds, lambda done: tell("timing", done, rounds))
+        with RUNNERS[self.comparison.runner](made.setting, made.schedule, folder) as draw:
+            figures = {**(known or self._figures(cell, made, draw, tell)), **self._times(cell, draw, tell)}
+        return {"figures": figures, "training": made.training, "measured": self._conditions()}
+
+    def _times(self, cell: Cell, draw: Draw, tell: Tell) -> dict[str, float]:
+        """latency_ms, and speedup over the uncached model, in turns with it."""
+        batch, rounds = self.comparison.batch, self.comparison.rounds
+        timed: dict[str, Callable[[], object]] = {"ours": lambda: draw(batch, NOISE, batch, _unseen)}
+        if cell.name != UNCACHED:
+            timed["dense"] = lambda: self._dense_runner(cell.group)(batch, NOISE, batch, _unseen)
+        times = interleaved(timed, rounds, lambda done: tell("timing", done, rounds))
         latency_ms = {name: float(np.median(each)) for name, each in times.items()}
+        ours = latency_ms["ours"]
+        return {"latency_ms": ours, "speedup": latency_ms.get("dense", ours) / ours}
+
+    def _figures(self, cell: Cell, made: Made, draw: Draw, tell: Tell) -> dict[str, float]:
+        """All but times."""
+        group, setting, count = self.setting(cell.group), made.setting, self.comparison.samples
+        samples = draw(count, NOISE + cell.seed, SAMPLED, lambda done: tell("sampling", done, count))
         tell("measuring", 0, 1)
         figures = cost(setting, _mask(setting, made.schedule))
         figures |= {
             "mac_ratio": cost(group, _mask(group))["macs"] / figures["macs"],
-            "latency_ms": latency_ms["ours"],
-            "speedup": latency_ms.get("dense", latency_ms["ours"]) / latency_ms["ours"],
             "megabytes": network_bytes(setting.adapter) / 1e6,
             **distribution(group, samples),
             **self._published(group, samples, f"{cell.name} {cell.point}".strip()),
@@ -216,8 +280,8 @@ class Bench:
         else:
             while not reference.exists():  # another process is at it
                 time.sleep(1)
-            figures |= paired(samples, torch.from_numpy(np.load(reference)))
-        _save_picture(folder / PICTURE, samples[:COLUMNS], group.model.folder)
+            figures |= paired(group, samples, torch.from_numpy(np.load(reference)))
+        _save_picture(self.out / cell.folder / PICTURE, samples[:COLUMNS], group.model.folder)
         return figures
 
     def _reference(self, cell: Cell) -> Path:

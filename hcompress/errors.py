@@ -6,6 +6,7 @@ HcompressError
 │   └── AbsentModel      it is on a hub that cannot be reached
 ├── SolverError      a scheduler is not affine, or its settings do not fit the run
 ├── ScheduleError    a schedule is broken, or belongs to another model, solver or number of steps
+│   └── NoSchedule       there is none of the kind that was asked for
 ├── RunError         a run folder cannot be resumed or written
 ├── DataError        data that a command needs is absent or broken
 ├── BundleError      a bundle is truncated, tampered with, or of an unknown format       (hcompress_runtime)
@@ -39,6 +40,7 @@ __all__ = [
     "InputError",
     "MissingExtra",
     "ModelError",
+    "NoSchedule",
     "RecipeError",
     "RunError",
     "ScheduleError",
@@ -65,6 +67,10 @@ class SolverError(HcompressError):
 
 class ScheduleError(HcompressError):
     """A schedule is broken, or belongs to another model, solver or number of steps."""
+
+
+class NoSchedule(ScheduleError):
+    """There is no schedule of the kind that was asked for, such as a rule's at that CUR."""
 
 
 class RunError(HcompressError):

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hcompress.caching.problem import Method, OneProcess
 from hcompress.comparison import Cell
-from hcompress.errors import ScheduleError, SolverError
+from hcompress.errors import NoSchedule, RunError, ScheduleError, SolverError
 from hcompress.prune.finetune import ROUND
 from hcompress.pruning import prune
 from hcompress.quantize import quantize
@@ -45,7 +45,8 @@ class Place(Protocol):
 class Made:
     """What a recipe came to: a model under a solver, perhaps with a schedule, and what that took.
 
-    training: rounds, updates, seconds, images and peak_memory_bytes, as far as they are known
+    training: rounds, updates, seconds, of which fitting_seconds on corrections, images and peak_memory_bytes, as far as
+              they are known
     """
 
     setting: Setting
@@ -75,7 +76,7 @@ def _cached(place: Place, cell: Cell, tell: Tell) -> Made:
 
     setting, run = place.setting(cell.group), open_run(place.out / cell.folder, recipe, resume=True)
     if run.schedule.exists():
-        schedule = Schedule.load(run.schedule)
+        schedule = _learned(run, setting)
     else:
         try:
             schedule = train(
@@ -88,7 +89,7 @@ def _cached(place: Place, cell: Cell, tell: Tell) -> Made:
                 on_progress=lambda progress: tell("training", progress.round, total),
                 on_notice=place.notice,
             )
-        except ScheduleError as error:
+        except NoSchedule as error:
             raise Impossible(error) from error
     learns = recipe.caching.reusing_steps(setting.table.num_calls)[0]
     return Made(setting, schedule, _training(run, learns) | {"images": schedule.method.get("images_used", 0)})
@@ -140,6 +141,16 @@ MAKERS: dict[type[Run], Callable[[Place, Cell, Tell], Made]] = {
 }
 
 
+def _learned(run: RunDir, setting: Setting) -> Schedule:
+    """The schedule of a finished training. Raises RunError where that was of other weights."""
+    schedule = Schedule.load(run.schedule)
+    try:
+        schedule.check_fits(setting.adapter.graph, setting.identity)
+    except ScheduleError as error:
+        raise RunError(f"{run.path} was trained on another model, pass another --out: {error}") from error
+    return schedule
+
+
 def _training(run: RunDir, updates_per_round: int) -> dict[str, float]:
     """What the records of a run say that it took; nothing where they do not say."""
     records = [record for record in run.records() if "seconds" in record]
@@ -150,5 +161,6 @@ def _training(run: RunDir, updates_per_round: int) -> dict[str, float]:
         "rounds": rounds,
         "updates": rounds * updates_per_round,
         "seconds": sum(record["seconds"] for record in records),
+        "fitting_seconds": sum(record["seconds"] for record in records if record.get("stage") == "corrections"),
         "peak_memory_bytes": max(record.get("peak_memory_bytes", 0) for record in records),
     }

@@ -6,26 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcompress.report.quality import balanced_labels, generate
+from hcompress.report.quality import balanced_labels
+from hcompress.sampling import sample_seeded
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting
 
-BATCH = 32  # samples at once
-
-Draw = Callable[[int, int, Callable[[int], None]], Tensor]
-"""(count, seed, progress) -> samples [count, C, H, W] of balanced labels, on the CPU."""
+Draw = Callable[[int, int, int, Callable[[int], None]], Tensor]
+"""(count, seed, how many at once, progress) -> samples [count, C, H, W] of balanced labels, on the CPU."""
 
 
 @contextmanager
 def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iterator[Draw]:
-    compute, corrections = (None, None) if schedule is None else (schedule.compute, schedule.corrections)
-    yield lambda count, seed, progress: generate(setting, count, seed, compute, progress, corrections).cpu()
+    reuse = {} if schedule is None else {"compute": schedule.compute, "corrections": schedule.corrections}
+
+    def draw(count: int, seed: int, batch: int, progress: Callable[[int], None]) -> Tensor:
+        run: dict[str, Any] = {"seed": seed, "cfg": setting.cfg, "batch": batch, "progress": progress, **reuse}
+        return sample_seeded(setting.adapter, setting.table, balanced_labels(setting, count), **run).cpu()
+
+    yield draw
 
 
 @contextmanager
@@ -40,7 +45,7 @@ def _on_onnxruntime(setting: Setting, schedule: Schedule | None, folder: Path) -
         export_bundle(setting.adapter, setting.table, setting.identity, bundle, cfg=setting.cfg, schedule=schedule)
         with Runtime(bundle, provider, torch.get_num_threads()) as runtime:
 
-            def draw(count: int, seed: int, progress: Callable[[int], None]) -> Tensor:
+            def draw(count: int, seed: int, batch: int, progress: Callable[[int], None]) -> Tensor:
                 done = 0
 
                 def on_step(call: int, x: NDArray[np.float32]) -> None:
@@ -49,7 +54,7 @@ def _on_onnxruntime(setting: Setting, schedule: Schedule | None, folder: Path) -
                     progress(min(done, count))
 
                 given = balanced_labels(setting, count)
-                return torch.from_numpy(runtime.generate(given, seed, batch=BATCH, on_step=on_step))
+                return torch.from_numpy(runtime.generate(given, seed, batch=batch, on_step=on_step))
 
             yield draw
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hcompress.adapter import Adapter
 from hcompress.caching.rules import parse_rule
-from hcompress.errors import ModelError, SolverError
+from hcompress.device import checked_device
+from hcompress.errors import SolverError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.models.loading import Model, load_model
 from hcompress.recipe import Run, resolve
@@ -41,11 +40,13 @@ class Setting:
 
 
 def open_setting(model: str, solver: str, steps: int, cfg: float, *, device: str = "cpu") -> Setting:
-    """Load MODEL and probe its solver. Raises ModelError or SolverError where either does not fit the other."""
+    """Load MODEL and probe its solver.
+
+    Raises ModelError or SolverError where either does not fit the other, InputError for a device that is not there.
+    """
+    place = checked_device(device)
     loaded = load_model(model)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("no CUDA device is available; pass --device cpu")
-    loaded.adapter.to(device)
+    loaded.adapter.to(place)
     return under_solver(loaded, solver, steps, cfg)
 
 

@@ -101,15 +101,16 @@ def train(
             run.log(asdict(progress) | meter.lap())
             write_checkpoint(run.checkpoint, method.state())
         on_progress(progress)
-    found = method.found()
+    found, finding = method.found(), meter.lap()
     if recipe.caching.reuse == "corrected":
         on_notice(
             f"fitting corrections on {recipe.caching.fit_samples} samples, {recipe.caching.fit_steps} steps of tuning"
         )
     schedule = _schedule(recipe, setting, found, correct(problem, found.compute, recipe.caching))
+    fitting = [{"stage": "corrections"} | meter.lap()] if recipe.caching.reuse == "corrected" else []
     if writes:
-        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]} | meter.lap()
-        for record in [] if method.rounds else [*found.records, figures]:
+        figures = {"cur": schedule.cur, "mac_ratio": schedule.method["mac_ratio"]} | finding
+        for record in [*([] if method.rounds else [*found.records, figures]), *fitting]:
             run.log(record)
         save_heatmap(schedule, run.heatmap)
         schedule.save(run.schedule)
@@ -130,6 +131,7 @@ def problem_of(
         process=partial(process.at, setting.model.scheduler_config, setting.table.timesteps),
         images=lambda folder: open_images(setting, seed, folder, on_notice),
         ranks=ranks or OneProcess(),
+        notice=on_notice,
     )
 
 

@@ -160,6 +160,17 @@ def make_table(solver: str = "ddim", calls: int = CALLS) -> tuple[SolverTable, d
     return probe(scheduler, calls), solver_identity(scheduler, calls)
 
 
+def save_vae(folder: Path) -> None:
+    """The VAE of a tiny latent model in `folder`/vae: 4 x h x w latents, 3 x 2h x 2w pictures."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    shape = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.5}
+    AutoencoderKL(**shape, **kinds).save_pretrained(folder / "vae")
+
+
 LONG_SKIPS = ("in.0", "in.1", "mid", "out.0", "out.1")
 
 

@@ -10,7 +10,7 @@ import pytest
 from hcompress.branches import Branch, BranchGraph
 from hcompress.caching.long_skips import deepcache, faster_diffusion
 from hcompress.caching.rules import FAR, interval, nearest_interval, random_mask, uniform_mask
-from hcompress.errors import ScheduleError
+from hcompress.errors import NoSchedule, ScheduleError
 
 RULES = {
     "alternate": partial(interval, every=2),
@@ -77,7 +77,7 @@ def test_nearest_is_no_further_than_any_other():
 
 @pytest.mark.parametrize("wanted", [0.0, 0.05, 0.2, 0.34])
 def test_an_interval_that_would_be_far_off_is_refused(wanted):
-    with pytest.raises(ScheduleError, match=f"CUR of {100 * wanted:.0f} %: 0 and 45 % are the lowest"):
+    with pytest.raises(NoSchedule, match=f"CUR of {100 * wanted:.0f} %: 0 and 45 % are the lowest"):
         nearest_interval(20, 4, wanted)
 
 
@@ -116,7 +116,7 @@ def test_random_is_uniform_over_all_rows_but_the_first():
 
 def test_what_no_schedule_can_reach_is_refused():
     for rule in (partial(random_mask, seed=0), uniform_mask):
-        with pytest.raises(ScheduleError, match=r"CUR of 0\.96 is out of reach: 20 calls allow 0 to 0\.95"):
+        with pytest.raises(NoSchedule, match=r"CUR of 0\.96 is out of reach: 20 calls allow 0 to 0\.95"):
             rule(20, 6, cur=0.96)
     with pytest.raises(ScheduleError, match="interval of 0 calls"):
         interval(20, 6, every=0)
@@ -161,9 +161,9 @@ def test_faster_diffusion_runs_the_decoder_alone_between_keys():
 
 def test_what_no_network_can_do_is_refused():
     for rule in (partial(deepcache, every=2, pairs=1), partial(faster_diffusion, every=2)):
-        with pytest.raises(ScheduleError, match=r"no long skips: its branches are called 0\.attn"):
+        with pytest.raises(NoSchedule, match=r"no long skips: its branches are called 0\.attn"):
             rule(BranchGraph((Branch("0.attn", 1, (1,), 1),), 1, 1), 5)
-    with pytest.raises(ScheduleError, match="3 pairs of blocks would leave nothing to reuse; pass 1 to 2"):
+    with pytest.raises(NoSchedule, match="3 pairs of blocks would leave nothing to reuse; pass 1 to 2"):
         deepcache(UVIT, 5, every=2, pairs=DEPTH)
-    with pytest.raises(ScheduleError, match="key call 5 is outside 0 to 4"):
+    with pytest.raises(NoSchedule, match="key call 5 is outside 0 to 4"):
         faster_diffusion(UVIT, 5, keys=[5])

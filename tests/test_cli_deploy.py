@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import CALLS, export, random_mask
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 
-from hcompress_runtime.bundle import open_bundle
+from hcompress.models.dit import DiT
+from hcompress.report.latency import compare_bundles
+from hcompress_runtime.bundle import WEIGHTS, open_bundle
 from hcompress_runtime.images import grid
+from hcompress_runtime.measure import peak_memory_bytes
 
 
 def picture(path: Path) -> np.ndarray:
@@ -74,6 +79,21 @@ def test_bench_prints_what_others_script_against(hcompress: Any, exported: Path)
     assert figures["torch_latency_ms"] > 0 and figures["dense_torch_latency_ms"] > 0
     if sys.platform == "linux":
         assert figures["peak_memory_bytes"] > 10_000_000 and figures["dense_peak_memory_bytes"] > 10_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no proportional set size")
+def test_bench_measures_memory_before_it_holds_the_same_pages(tmp_path: Path) -> None:
+    """Of weights that are mapped, as the inputs of `per-mask` are, two processes would count half each."""
+    shape: dict[str, Any] = {"num_attention_heads": 6, "attention_head_dim": 64, "in_channels": 2, "num_layers": 4}
+    network = DiTTransformer2DModel(**shape, sample_size=8, num_embeds_ada_norm=5, norm_type="ada_norm_zero")
+    adapter = DiT(network)
+    cached = export(tmp_path / "cached", adapter, random_mask(CALLS, len(adapter.graph)), layout="per-mask").path
+    dense = export(tmp_path / "dense", adapter, None, layout="per-mask").path
+    alone = [peak_memory_bytes(path, 1, 1) for path in (cached, dense)]
+    figures = compare_bundles(cached, dense, batch=1, rounds=1, threads=1)
+    for want, prefix in zip(alone, ("", "dense_"), strict=True):
+        # two processes differ by a few MB of heap; half the weights are 20 MB and more
+        assert figures[f"{prefix}peak_memory_bytes"] == pytest.approx(want, abs=(dense / WEIGHTS).stat().st_size / 6)
 
 
 MISTAKES = {

@@ -6,12 +6,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from conftest import make_dit
 
 from hcompress.compare import compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison
@@ -98,6 +103,7 @@ def untimed(file: Path) -> dict:
 
 
 def test_a_row_is_the_mean_and_the_spread_of_its_seeds(done):
+    """The sample's deviation: over few seeds the population's says too little, of two by a factor of root 2."""
     report = read(done)
     assert report["finished"] == report["cells"] == 2 * (1 + 1 + 1 + 1 + 1 + 1)
     for row in rows(done).values():
@@ -105,7 +111,7 @@ def test_a_row_is_the_mean_and_the_spread_of_its_seeds(done):
         found = [json.loads(file.read_text())["figures"] for file in files]
         for key, figure in row["figures"].items():
             values = [figures[key] for figures in found]
-            assert figure == {"mean": statistics.fmean(values), "std": statistics.pstdev(values), "seeds": 2}
+            assert figure == {"mean": statistics.fmean(values), "std": statistics.stdev(values), "seeds": 2}
 
 
 def test_what_reuses_nothing_is_the_uncached_model_from_the_same_noise(done):
@@ -159,6 +165,67 @@ def test_finished_cells_are_not_done_again_and_the_comparison_may_grow(asked, do
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+def changed(out: Path, change) -> None:
+    """Change every row in `out`."""
+    for file in out.rglob("row-*.json"):
+        row = json.loads(file.read_text())
+        change(row)
+        file.write_text(json.dumps(row))
+
+
+TIMED = {
+    "batch": lambda row: row["measured"].update(batch=7),
+    "rounds": lambda row: row["measured"].update(rounds=9),
+    "device": lambda row: row["measured"].update(device="cuda", device_name="some GPU", threads=None),
+    "threads": lambda row: row["measured"].update(threads=64),
+}
+
+
+@pytest.mark.parametrize("what", TIMED)
+def test_cells_that_were_timed_otherwise_are_timed_anew_and_keep_their_other_figures(asked, done, tmp_path, what):
+    out, one_seed = tmp_path / "out", asked.model_copy(update={"seeds": [0]})
+    shutil.copytree(done, out)
+    changed(out, TIMED[what])
+    compare(one_seed, out, watch := Watched())
+    assert {doing for _, _, doing in watch.told} == {"timing"} and len({name for name, *_ in watch.told}) == 6
+    for file in out.rglob("*seed-0/row-*.json"):
+        new, old = (json.loads((folder / file.relative_to(out)).read_text()) for folder in (out, done))
+        assert untimed(file) == untimed(done / file.relative_to(out)) and new["measured"] == old["measured"]
+    compare(one_seed, out, again := Watched())
+    assert not again.told
+
+
+def test_rows_of_earlier_versions_are_measured_anew_from_what_was_trained(asked, done, tmp_path):
+    def forget(row: dict) -> None:
+        del row["weights"], row["measured"]
+
+    out, one_seed = tmp_path / "out", asked.model_copy(update={"seeds": [0]})
+    shutil.copytree(done, out)
+    changed(out, forget)
+    report = compare(one_seed, out, watch := Watched())
+    assert {doing for _, _, doing in watch.told} == {"sampling", "timing", "measuring"}
+    assert report["measured"].keys() == {"date", "machine", "software", "timing"}
+    for file in out.rglob("*seed-0/row-*.json"):
+        row = json.loads(file.read_text())
+        assert row["weights"] and row["measured"]["batch"] == 2
+        # one thread adds up in another order than two: 4e-6 dB of 50 were seen
+        assert untimed(file) == pytest.approx(untimed(done / file.relative_to(out)), rel=1e-5)
+
+
+def test_a_model_whose_weights_have_changed_is_refused_with_the_way_out(tiny_run, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_run.parent / "model", model)
+    few = {"seeds": [0], "samples": 2, "batch": 1, "rounds": 1, "fewer_steps": False}
+    names = [recipe(tmp_path, "random", model, RANDOM)]
+    compare(load_comparison(names, few), out, Watched())
+    make_dit(channels=1, seed=1).network.save_pretrained(model / "transformer")
+    # the same cells, and others under which the old schedule would run
+    for more, match in (({}, "uncached_seed-0 was measured with other"), ({"samples": 3}, "trained on another model")):
+        with pytest.raises(RunError, match=f"{match}.*pass another --out") as caught:
+            compare(load_comparison(names, few | more), out, Watched())
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("what", ["training", "sampling"])
 def test_an_interrupted_comparison_keeps_its_rows_and_goes_on_where_it_was(asked, done, tmp_path, what):
     one_seed = asked.model_copy(update={"seeds": [0]})
@@ -177,6 +244,22 @@ def test_an_interrupted_comparison_keeps_its_rows_and_goes_on_where_it_was(asked
         assert untimed(file) == pytest.approx(untimed(done / file.relative_to(tmp_path / "out")), rel=1e-5)
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stopped_command_leaves_the_report_of_what_is_finished(asked, tmp_path, how):
+    command = [sys.executable, "-m", "hcompress.cli.main", "compare", asked.recipes[1].recipe]
+    command += ["--seeds", ",".join(map(str, range(500))), "--samples", "3", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not [*tmp_path.rglob("row-*.json")] and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(how)
+            said = process.communicate(timeout=100)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + how and "the same command goes on" in said
+    assert 0 < read(tmp_path / "out")["finished"] < 1500 and (tmp_path / "out" / "compare.html").exists()
+
+
 def test_a_cell_that_fails_leaves_the_others_and_is_named(asked, tiny_run, tmp_path):
     absent = "caching: {method: learning-to-cache, target_cur: 0.4, images: absent}"
     failing = recipe(tmp_path, "failing", tiny_run.parent / "model", absent)
@@ -188,6 +271,22 @@ def test_a_cell_that_fails_leaves_the_others_and_is_named(asked, tiny_run, tmp_p
     assert len(watch.notices) == 1
 
 
+def test_training_that_diverged_is_a_failure_and_no_finished_row(asked, tmp_path):
+    """Only that there is no such schedule is a row's outcome; a router of NaN is none, and the cell is tried again."""
+    one = asked.model_copy(update={"recipes": asked.recipes[:1], "seeds": [0], "fewer_steps": False})
+    with pytest.raises(KeyboardInterrupt):
+        compare(one, tmp_path / "out", Watched(lambda cell, what, done: (what, done) == ("training", 3)))
+    (file,) = (tmp_path / "out").rglob("checkpoint.pt")
+    state = torch.load(file, weights_only=True)
+    for row in state["rows"].values():
+        row.fill_(torch.nan)
+    torch.save(state, file)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"^1 of 2 cells failed, .* HarmoniCa CUR 40 % with seed 0: .*diverged"):
+            compare(one, tmp_path / "out", Watched())
+        assert not [*(tmp_path / "out").rglob("harmonica*/row-*.json")]
+
+
 def test_what_no_method_allows_is_left_out_with_its_reason(tiny_run, tmp_path):
     interval = "caching: {method: interval, target_cur: 0.4}"
     names = [recipe(tmp_path, "interval", tiny_run.parent / "model", interval)]
@@ -196,6 +295,17 @@ def test_what_no_method_allows_is_left_out_with_its_reason(tiny_run, tmp_path):
     (left_out,) = report["groups"][0]["left_out"]
     assert left_out["point"] == "CUR 5 %" and "no interval of 5 calls" in left_out["reason"]
     assert report["finished"] == report["cells"] == 3
+
+
+def test_a_dry_run_names_all_cells_and_leaves_nothing(hcompress, asked, done, tmp_path):
+    file = tmp_path / "asked.yaml"
+    file.write_text(yaml.safe_dump(asked.model_dump(exclude_none=True)))
+    for flags in ([], ["--json"]):
+        code, told, _ = hcompress("compare", file, "--out", tmp_path / "out", "--dry-run", *flags)
+        folders = json.loads(told)["folders"] if flags else told.split()
+        assert code == 0 and {*folders} == {str(file.parent.relative_to(done)) for file in done.rglob("row-*.json")}
+    assert json.loads(told)["cells"] == len(folders) == read(done)["cells"]
+    assert sum("fewer-steps" in folder for folder in folders) == 2 and not (tmp_path / "out").exists()
 
 
 def test_another_recipe_another_folder_and_a_missing_model_are_refused(asked, done, tmp_path):
@@ -226,11 +336,22 @@ def test_all_runners_draw_the_same_samples(asked, done, tmp_path):
     for name, runner in RUNNERS.items():
         counted = []
         with runner(setting, schedule, tmp_path) as draw:
-            drawn[name] = draw(3, 7, counted.append)
-        assert counted[-1] == 3 and not [*tmp_path.iterdir()]
+            drawn[name] = draw(3, 7, 2, counted.append)
+        assert {*counted} - {0} == {2, 3} and not [*tmp_path.iterdir()]
     one, *others = drawn.values()
     for other in others:
         assert (one - other).abs().max() < 1e-5 < one.abs().max()
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_as_many_samples_run_at_once_as_are_asked_for(asked, tmp_path, runner):
+    """Nothing is told of less than all of them, however many: what is timed is one batch."""
+    setting = setting_of(cells_of(asked)[0][0].group)
+    with RUNNERS[runner](setting, None, tmp_path) as draw:
+        for count in (5, 70):
+            told = []
+            assert len(draw(count, 0, count, told.append)) == count
+            assert {*told} - {0} == {count}
 
 
 @pytest.mark.slow  # two interpreters

@@ -133,7 +133,10 @@ def test_the_command_refuses_in_one_line_and_plans_without_torch(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: --budgets 0.2;0.4: write numbers with commas between, such as 0.2,0.4\n"
     planned = compare("--budgets", "0.2,0.4", "--seeds", "0,1,2", "--dry-run", "--json")
-    assert json.loads(planned.stdout)["cells"] == 9, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert plan["cells"] == len(plan["folders"]) == 9, planned.stderr
+    (line,) = plan["left_out"]
+    assert line.startswith("fewer steps") and "torch is not installed; pip install 'hcompress[train]'" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -22,6 +22,7 @@ from hcompress.caching.tune import tune
 from hcompress.corrections import history, taylor
 from hcompress.errors import RecipeError
 from hcompress.recipe import resolve
+from hcompress.rundir import RunDir
 from hcompress.sampling import corrected, sample
 from hcompress.schedule import Schedule
 from hcompress.setting import open_finished
@@ -139,6 +140,32 @@ def test_corrections_of_a_quantized_model_are_never_worse_than_none_where_they_a
     assert scores[0] == max(scores)
 
 
+@pytest.mark.parametrize("size", [1e25, 3e38])
+def test_vectors_whose_samples_are_not_finite_are_never_the_best(size: float) -> None:
+    """Wherever they stand among others."""
+    problem = make_problem(make_dit())
+    compute, widths = interval(*problem.shape, every=2), problem.adapter.graph.widths
+    usual = replace(taylor(compute, widths), rule="corrected")
+    reused = ~compute
+    large = tuple(np.full((len(compute), width), size, np.float32) * reused[:, [n]] for n, width in enumerate(widths))
+    broken = replace(usual, a=large, b=large)
+    assert problem.score_db(compute, usual) > problem.score_db(compute, broken) == -np.inf
+    for candidates in ((broken, usual), (usual, broken)):
+        assert problem.best(compute, candidates, 4) is usual
+    assert problem.best(compute, (broken, broken), 4) is None
+
+
+def test_where_no_samples_are_finite_reuse_is_plain_and_that_is_said() -> None:
+    adapter, said = make_dit(), []
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(torch.inf)
+    problem = replace(make_problem(adapter), notice=said.append)
+    settings = IntervalSettings(every=2, reuse="corrected", fit_samples=SAMPLES, fit_steps=1)
+    found = correct(problem, interval(*problem.shape, every=2), settings)
+    assert found.corrections is None and found.history == {"reuse": "plain"}
+    assert len(said) == 1 and said[0].startswith("reuse is plain, not corrected")
+
+
 def test_the_model_may_be_in_a_half(tiny_dit) -> None:
     problem = make_problem(make_dit().to(torch.bfloat16))
     compute = interval(6, 4, every=2)
@@ -202,6 +229,22 @@ def test_train_leaves_a_corrected_schedule(tiny_run, tmp_path) -> None:
     assert opened.fingerprint == schedule.fingerprint
     again = replace(opened, corrections=None).reusing("taylor", setting.adapter.graph)
     assert again.fingerprint != opened.fingerprint
+
+
+@pytest.mark.parametrize("name", ["harmonica", "smoothcache", "interval"])
+def test_every_method_records_once_what_fitting_took(name, tiny_run, tmp_path) -> None:
+    settings = QUICK | USUAL[name] if name == "harmonica" else USUAL[name]
+    flags = {"model": str(tiny_run.parent / "model"), "solver.steps": 6, "caching.method": name}
+    flags |= {f"caching.{key}": value for key, value in settings.items()}
+    flags |= {"caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
+    run = RunDir(tmp_path / "run")
+    for resume in (False, True):
+        train(resolve(None, flags), run.path, resume=resume)
+        *others, last = run.records()
+        assert last.keys() >= {"stage", "seconds"} and last["stage"] == "corrections" and last["seconds"] > 0
+        assert others and all("stage" not in record for record in others)
+        rounds = sum("round" in record for record in others)
+        assert sum("seconds" in record for record in others) == (rounds or 1) and (rounds > 0) == (name == "harmonica")
 
 
 def test_too_few_samples_and_unknown_rules_are_refused_in_one_line(tiny_run) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CALLS, CFG, make_dit, make_table, random_mask
-from diffusers import AutoencoderKL, DDIMScheduler
+from conftest import CALLS, CFG, make_dit, make_table, random_mask, save_vae
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from hcompress.adapter import Adapter
@@ -37,13 +37,9 @@ def adapter() -> Adapter:
 def model(adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a tiny latent model: 4 x 8 x 8 latents, 3 x 16 x 16 pictures."""
     folder = tmp_path_factory.mktemp("latent")
-    torch.manual_seed(0)
     adapter.network.save_pretrained(folder / "transformer")
     DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, **kinds
-    ).save_pretrained(folder / "vae")
+    save_vae(folder)
     return folder
 
 

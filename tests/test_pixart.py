@@ -88,6 +88,24 @@ def test_conditions_are_drawn_from_the_models_own_prompts(tiny_pixart: Adapter) 
     assert np.array_equal(drawn["prompt_mask"], own["prompt_mask"][which])
 
 
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 11, 12, 16, 128])
+def test_nothing_is_scored_on_a_prompt_that_it_learned_from(count: int) -> None:
+    """But with fewer than eight, of which all are for both. What comes every fourth time is in both halves."""
+    own, adapter = make_prompts(count), PixArt(make_pixart().network, make_prompts(count), tokens=5)
+    drawn = adapter.random_condition(np.random.default_rng(0), 40 * count)["prompt_embeds"].numpy()
+    scored = adapter.condition(adapter.even_conditions(3 * count))["prompt_embeds"].numpy()
+    number = {row.tobytes(): i for i, row in enumerate(own["prompt_embeds"])}
+    learning, scoring = ([number[row.tobytes()] for row in rows] for rows in (drawn, scored))
+    assert {*learning} | {*scoring} == {*range(count)}  # chance misses one in e^40 times
+    assert {*learning} & {*scoring} == ({*range(count)} if count < 8 else set())
+    choices = len({*scoring})
+    assert scoring == (sorted({*scoring}) * -(-3 * count // choices))[: 3 * count]  # round robin
+    if count % 8 == 0:
+        for half in ({*learning}, {*scoring}):
+            for every in (2, 4):
+                assert {len([n for n in half if n % every == rest]) for rest in range(every)} == {count // 2 // every}
+
+
 def test_without_prompts_of_its_own_it_says_what_is_missing() -> None:
     bare = make_pixart(own=False)
     for ask in (lambda: bare.random_condition(np.random.default_rng(0), 2), lambda: bare.even_conditions(2)):

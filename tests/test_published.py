@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CALLS, CFG
+from conftest import CALLS, CFG, make_dit
+from diffusers import DDIMScheduler
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hcompress.errors import DataError, ModelError
@@ -112,7 +113,7 @@ def test_a_folder_and_an_npz_of_the_same_pictures_are_the_same_set(tmp_path: Pat
 
 def test_generated_samples_are_judged_as_they_would_be_saved() -> None:
     gray = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).reshape(5, 1, 1, 1)
-    ((numbers, batch),) = Generated(gray, None).batches(8)
+    ((numbers, batch),) = Generated(gray, nn.Identity()).batches(8)
     assert numbers == list(range(5)) and batch.dtype == torch.uint8
     assert batch[:, :, 0, 0].tolist() == [[level] * 3 for level in (0, 0, 128, 255, 255)]
 
@@ -162,6 +163,27 @@ def test_what_is_no_set_or_cut_short_is_refused(tmp_path: Path) -> None:
             open_set(tmp_path / name)
     with pytest.raises(DataError, match="is no folder of pictures and no npz"):
         open_set(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["pictures", "statistics"])
+def test_a_compressed_npz_that_is_damaged_anywhere_is_read_or_refused(
+    inception: Inception, tmp_path: Path, kind: str
+) -> None:
+    """Read where zip files check nothing, such as times; these statistics are of other dimensions, so never."""
+    file, refused = tmp_path / "set.npz", 0
+    arrays = {"pictures": {"arr_0": pictures(0, 2, 6) // 64}, "statistics": {"mu": np.arange(40.0), "sigma": np.eye(8)}}
+    np.savez_compressed(file, **arrays[kind])
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= (1, 255, 8)[at % 3]
+        file.write_bytes(damaged)
+        try:
+            list(open_set(file).batches(2)) if kind == "pictures" else load_reference(file, inception)
+        except DataError as error:
+            refused += 1
+            assert str(file) in str(error)
+    assert refused == len(whole) if kind == "statistics" else refused > len(whole) / 2
 
 
 def test_a_set_is_at_no_distance_from_itself_and_statistics_stand_for_pictures(
@@ -364,3 +386,11 @@ def test_eval_judges_a_model_with_and_without_a_schedule(
     code, stdout, _ = hcompress("eval", model, "--schedule", tiny_run / "schedule.safetensors", *common)
     cached = json.loads(stdout)
     assert code == 0 and cached["uncached"] == pytest.approx(alone) and cached["fid"] != alone["fid"]
+
+
+def test_eval_refuses_latents_that_nothing_decodes(hcompress: Any, weights: Path, tmp_path: Path) -> None:
+    make_dit(channels=4).network.save_pretrained(tmp_path / "model" / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "model" / "scheduler")
+    real = write_folder(tmp_path / "real", pictures(0, 4, 8))
+    code, _, told = hcompress("eval", tmp_path / "model", "--reference", real, "--inception", weights, "--samples", 4)
+    assert code == 1 and told.splitlines()[-1].startswith("error: ") and "model/vae is missing" in told

@@ -166,6 +166,8 @@ REFUSED = {
     "caching.target_cur=": "exactly one of beta, target_cur and target_speedup .got none",
     "caching.proxy=paper": "caching.proxy = 'paper' should be 'leave_one_out', 'cumulative', 'sensitivity' or 'none'",
     "caching.init=zero": "caching.init = 'zero' should be",
+    "caching.threshold=0.01": r"threshold = 0\.01 reuses nothing: logits end at -clamp = -4, .* or clamp to 4\.6",
+    "caching.clamp=2": r"threshold = 0\.1 reuses nothing: .* takes -2\.1972; raise threshold, or clamp to 2\.2",
     "caching.refresh=30": "caching.refresh = 30 is no multiple of 20 steps; use 40",
     "caching.refresh=7": "use 20",
     "cfg=.nan": "cfg = nan should be a finite number",

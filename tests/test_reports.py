@@ -14,6 +14,7 @@ from PIL import Image
 
 from hcompress.report.heatmap import COMPUTED, REUSED, save_heatmap, terminal_grid
 from hcompress.report.page import Picture, Section, write_page
+from hcompress.report.scatter import COLOURS, MARKERS, colour, marker
 from hcompress.schedule import Identity, Schedule
 
 
@@ -42,6 +43,11 @@ def test_the_terminal_grid_counts_what_each_call_computes(schedule):
     lines = terminal_grid(schedule).plain.splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["3", "1", "1"]
     assert sum(line.count("·") for line in lines) == 4
+
+
+def test_no_two_series_of_a_plot_look_alike():
+    looks = [(colour(series), marker(series)) for series in range(COLOURS * len(MARKERS))]
+    assert len({*looks}) == len(looks)
 
 
 def test_the_page_needs_no_network_and_escapes_what_it_shows(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 from hcompress.caching.smoothcache import measure, scan, schedule
-from hcompress.errors import ScheduleError
+from hcompress.errors import NoSchedule
 from hcompress.sampling import constants_of
 
 CALLS = 6
@@ -85,5 +85,5 @@ def test_a_target_by_macs_and_one_that_is_out_of_reach(skipping_dit):
     asked = {"samples": 2, "target_speedup": 1.5}
     mask = make_method("smoothcache", skipping_dit, asked).found().compute
     assert abs(1 / skipping_dit.graph.mac_ratio(mask) - 1 / 1.5) <= 0.1
-    with pytest.raises(ScheduleError, match=r"no alpha saves 80 %: .* raise caching.lookahead = 1"):
+    with pytest.raises(NoSchedule, match=r"no alpha saves 80 %: .* raise caching.lookahead = 1"):
         make_method("smoothcache", skipping_dit, {"samples": 2, "lookahead": 1, "target_cur": 0.8}).found()

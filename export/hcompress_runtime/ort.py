@@ -164,7 +164,7 @@ class OnnxRuntime(Engine):
             for name in self.outputs:
                 binding.bind_output(name, self.provider)
             self.session.run_with_iobinding(binding)
-            return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+            return self._results(binding)
         addresses = [value.data_ptr() for value in given.values()]
         held = {value.data_ptr() for value in inputs.values()}  # also what a later call will be given
         places = {name: self.places.find(name, held) for name in self.outputs}
@@ -176,11 +176,18 @@ class OnnxRuntime(Engine):
         known = None not in places.values()
         key = (*addresses, *(place.data_ptr() for place in places.values() if place is not None))
         self.session.run_with_iobinding(binding, _numbered(self.recordings.get(key, -1) if known else -1))
-        results = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        results = self._results(binding)
         if known:
             self.recordings.setdefault(key, len(self.recordings))
         for name in (name for name, place in places.items() if place is None):
             self.places.values.setdefault(name, []).append(results[name])
+        return results
+
+    def _results(self, binding: Any) -> dict[str, Value]:
+        """The outputs by name. The binding lets go of everything: merely dropped, it holds its values for a while."""
+        results = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
         return results
 
     def put(self, array: NDArray[Any], into: Value | None = None) -> Value:

@@ -62,13 +62,14 @@ class Corrected:
     """What a mask's reused branches yield, and what a schedule's `method` says of it."""
 
     corrections: Corrections | None = None
-    history: Mapping[str, int] = field(default_factory=dict)
+    history: Mapping[str, int | str] = field(default_factory=dict)
 
 
 def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
     """The corrections of the mask bool[T, N] by the rule that `settings` ask for.
 
     Fitted ones start from least squares, Taylor's rule or plain reuse, whichever gives the best samples, and are tuned.
+    Where none gives finite samples, reuse is plain, and the problem's `notice` is told.
     """
     if settings.reuse == "plain":
         return Corrected()
@@ -83,9 +84,12 @@ def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettin
         replace(taylor(compute, widths), rule="corrected"),
         Corrections("corrected", zeros, zeros, zeros),
     )
-    corrections = max(starts, key=lambda one: problem.score_db(compute, one, MEASURED))
-    if settings.fit_steps and not compute.all():
-        corrections = tune(problem, compute, corrections, settings.fit_steps)
+    best = problem.best(compute, starts, MEASURED)
+    if best is None:
+        problem.notice("reuse is plain, not corrected: fitted, Taylor's or plain, no samples of this mask are finite")
+        return Corrected(history={"reuse": "plain"})
+    tuned = settings.fit_steps and not compute.all()
+    corrections = tune(problem, compute, best, settings.fit_steps) if tuned else best
     counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
     return Corrected(corrections, counts)
 

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 
 from hcompress.branches import BranchGraph
 from hcompress.caching.rules import interval
-from hcompress.errors import ScheduleError
+from hcompress.errors import NoSchedule
 
 
 def deepcache(graph: BranchGraph, num_calls: int, *, every: int, pairs: int) -> NDArray[np.bool_]:
     """DeepCache (Ma et al. 2024): full calls at multiples of `every`, else only `pairs` outermost blocks at each end.
 
-    Raises ScheduleError for a network without long skips, and for as many pairs as it has or more.
+    Raises NoSchedule for a network without long skips, and for as many pairs as it has or more.
     """
     parts = _parts(graph)
     depth = 1 + max(block for part, block in parts if part == "in")
     if pairs >= depth:
-        raise ScheduleError(f"{pairs} pairs of blocks would leave nothing to reuse; pass 1 to {depth - 1}")
+        raise NoSchedule(f"{pairs} pairs of blocks would leave nothing to reuse; pass 1 to {depth - 1}")
     outer = [
         (part == "in" and block < pairs) or (part == "out" and block >= depth - pairs)  # outputs count from the middle
         for part, block in parts
@@ -43,7 +43,7 @@ def faster_diffusion(
 ) -> NDArray[np.bool_]:
     """Faster Diffusion (Li et al. 2024): everything at key calls, between them the decoder `out` alone.
 
-    keys are call numbers, of which 0 always is one; `every` means its multiples. Raises ScheduleError for a network
+    keys are call numbers, of which 0 always is one; `every` means its multiples. Raises NoSchedule for a network
     without long skips, and for keys past the last call.
     """
     decoder = np.array([part == "out" for part, _ in _parts(graph)])
@@ -51,7 +51,7 @@ def faster_diffusion(
     full[0] = True
     for key in keys or ():
         if not 0 <= key < num_calls:
-            raise ScheduleError(f"key call {key} is outside 0 to {num_calls - 1}, the calls of this solver")
+            raise NoSchedule(f"key call {key} is outside 0 to {num_calls - 1}, the calls of this solver")
         full[key] = True
     return full[:, None] | decoder
 
@@ -61,7 +61,7 @@ def _parts(graph: BranchGraph) -> list[tuple[str, int]]:
     found = [re.match(r"(in|mid|out)\.(?:(\d+)\.)?", name) for name in graph.names]
     parts = [(match[1], int(match[2] or 0)) for match in found if match]
     if len(parts) < len(graph) or {part for part, _ in parts} != {"in", "mid", "out"}:
-        raise ScheduleError(
+        raise NoSchedule(
             f"this network has no long skips: its branches are called {graph.names[0]}, ... and not in.0.attn, "
             "mid.attn, out.0.attn, ... as a U-ViT's are; use another method"
         )

@@ -79,6 +79,7 @@ class Problem:
 
     process: how the model's training noised images, at each call
     images:  opens a folder of them, or the model's own data for None. Raises DataError
+    notice:  is told what a person should know
     teacher: whose uncached output a router learns to match; None: that of `adapter`
     first:   float32[T, N], logits that a router starts from; None: as its settings say
     """
@@ -92,6 +93,7 @@ class Problem:
     ranks: Ranks = field(default_factory=OneProcess)
     teacher: Adapter | None = None
     first: NDArray[np.float32] | None = None
+    notice: Callable[[str], None] = lambda line: None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -113,13 +115,23 @@ class Problem:
     def score_db(
         self, compute: NDArray[np.bool_], corrections: Corrections | None = None, count: int = SCORED
     ) -> float:
-        """Signal-to-noise ratio (dB) of samples under `compute` against the teacher's, on held-out noise."""
+        """Signal-to-noise ratio (dB) of samples under `compute` against the teacher's, on held-out noise.
+
+        -inf where either are not finite.
+        """
         condition, start, noises = self.draw(SCORING_STREAMS, count)
         dense = sample(self.teacher or self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
         reuse: dict[str, Any] = {"compute": compute, "corrections": corrections}
         cached = sample(self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises, **reuse)
         error = functional.mse_loss(cached, dense).item()
-        return 10 * math.log10(dense.square().mean().item() / max(error, TINY))
+        ratio = dense.square().mean().item() / max(error, TINY)
+        return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
+
+    def best(self, compute: NDArray[np.bool_], candidates: Sequence[Corrections], count: int) -> Corrections | None:
+        """The candidate of the best `count` samples, the first of equals; None where no candidate's are finite."""
+        scored = [(self.score_db(compute, one, count), one) for one in candidates]
+        score, found = max(scored, key=lambda pair: pair[0])
+        return found if score > -math.inf else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hcompress.branches import BranchGraph
 from hcompress.caching.settings import Convention
-from hcompress.errors import ScheduleError
+from hcompress.errors import NoSchedule, ScheduleError
 
 FAR = 0.1  # of a wanted CUR: what comes no nearer is no answer
 
@@ -41,7 +41,7 @@ def nearest_interval(
 
     Of two that are equally near it is the one that reuses less.
     T calls allow few CURs: at T = 20 and N of any size 0, 45, 50, 60, 65, 70, ... %. Report the one that came out.
-    Raises ScheduleError where the nearest is further away than FAR, or reuses nothing.
+    Raises NoSchedule where the nearest is further away than FAR, or reuses nothing.
     """
     masks = {
         (every, kind): interval(num_calls, num_branches, every=every, convention=kind)
@@ -52,7 +52,7 @@ def nearest_interval(
     best = min(masks, key=lambda key: (round(abs(reached[key] - cur), 9), reached[key]))
     if abs(reached[best] - cur) > FAR or reached[best] == 0:
         least = min((value for value in reached.values() if value), default=0.0)
-        raise ScheduleError(
+        raise NoSchedule(
             f"no interval of {num_calls} calls comes near a CUR of {100 * cur:.0f} %: 0 and {100 * least:.0f} % are "
             "the lowest there are; pass caching.every, or another target"
         )
@@ -62,7 +62,7 @@ def nearest_interval(
 def random_mask(num_calls: int, num_branches: int, *, cur: float, seed: int) -> NDArray[np.bool_]:
     """Exactly round(cur T N) reused entries, uniform over all such sets that leave row 0 full.
 
-    Raises ScheduleError for a CUR above (T - 1) / T, which no schedule reaches.
+    Raises NoSchedule for a CUR above (T - 1) / T, which no schedule reaches.
     """
     reused = _entries(num_calls, num_branches, cur)
     mask = np.ones(num_calls * num_branches, np.bool_)
@@ -75,7 +75,7 @@ def uniform_mask(num_calls: int, num_branches: int, *, cur: float) -> NDArray[np
     """Exactly round(cur T N) reused entries: each branch reuses as often as any other, evenly spread over its calls.
 
     Branch n is ahead of its even spread by the n-th fraction of the golden ratio, so that the branches take turns and
-    no call does much more than another. Raises ScheduleError for a CUR above (T - 1) / T.
+    no call does much more than another. Raises NoSchedule for a CUR above (T - 1) / T.
     """
     each, more = divmod(_entries(num_calls, num_branches, cur), num_branches)
     turn = np.arange(num_branches) * (math.sqrt(5) - 1) / 2 % 1.0
@@ -93,7 +93,7 @@ def _entries(num_calls: int, num_branches: int, cur: float) -> int:
     reused = round(cur * entries)
     if not 0 <= reused <= entries - num_branches:
         most = (num_calls - 1) / num_calls
-        raise ScheduleError(f"a CUR of {cur:.4g} is out of reach: {num_calls} calls allow 0 to {most:.4g}")
+        raise NoSchedule(f"a CUR of {cur:.4g} is out of reach: {num_calls} calls allow 0 to {most:.4g}")
     return reused
 
 

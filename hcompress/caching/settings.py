@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -57,6 +58,17 @@ class RouterSettings(MethodSettings):
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
         self._exactly_one("beta", "target_cur", "target_speedup")
+        return self
+
+    @model_validator(mode="after")
+    def _some_logit_reuses(self) -> Self:
+        lowest = math.log((1 - self.threshold) / self.threshold)  # -logit of r = tau
+        if self.clamp < lowest:
+            raise ValueError(
+                f"threshold = {self.threshold:g} reuses nothing: logits end at -clamp = {-self.clamp:g}, and "
+                f"sigmoid(logit) <= threshold takes {-lowest:.4f}; raise threshold, or clamp to "
+                f"{math.ceil(100 * lowest) / 100:g}"
+            )
         return self
 
 

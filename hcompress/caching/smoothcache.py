@@ -23,7 +23,7 @@ from torch import Tensor
 from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem
 from hcompress.caching.rules import FAR
 from hcompress.caching.settings import SmoothCacheSettings
-from hcompress.errors import ScheduleError
+from hcompress.errors import NoSchedule
 from hcompress.sampling import trajectory
 
 Errors = Mapping[str, NDArray[np.float64]]
@@ -31,7 +31,7 @@ Errors = Mapping[str, NDArray[np.float64]]
 
 
 def smoothcache(problem: Problem, settings: SmoothCacheSettings) -> Found:
-    """Calibrate and schedule. Raises ScheduleError where no alpha comes near the target."""
+    """Calibrate and schedule. Raises NoSchedule where no alpha comes near the target."""
     errors = measure(problem, settings.lookahead, settings.samples)
     names, graph = problem.adapter.graph.names, problem.adapter.graph
     alpha = settings.alpha
@@ -45,7 +45,7 @@ def smoothcache(problem: Problem, settings: SmoothCacheSettings) -> Found:
             wanted, reached = 1 - 1 / settings.target_speedup, lambda mask: 1 - 1 / graph.mac_ratio(mask)
         alpha = nearest(masks, wanted, reached)
         if abs(reached(masks[alpha]) - wanted) > FAR:
-            raise ScheduleError(
+            raise NoSchedule(
                 f"no alpha saves {100 * wanted:.0f} %: the nearest is {alpha:.3g} with "
                 f"{100 * reached(masks[alpha]):.0f} %; raise caching.lookahead = {settings.lookahead}, "
                 "or change the target"

@@ -62,7 +62,7 @@ def tune(problem: Problem, compute: NDArray[np.bool_], start: Corrections, steps
             rows.grad = None if rows.grad is None else problem.ranks.mean(rows.grad).nan_to_num(0.0, 0.0, 0.0)
         optimizer.step()
     tuned = _corrections(vectors, sizes, compute)
-    return max((start, tuned), key=lambda one: problem.score_db(compute, one, 2 * BATCH))
+    return problem.best(compute, (start, tuned), 2 * BATCH) or start
 
 
 def _sample(

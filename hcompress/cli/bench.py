@@ -26,7 +26,8 @@ def bench(
     """Time a cached bundle against its uncached one, in turns.
 
     Efficiency is the speed-up over the ratio of MACs. Memory is what a fresh process takes to load a bundle and
-    generate one batch: its proportional set size (PSS), which counts shared pages once, read after every call.
+    generate one batch: its proportional set size (PSS), which counts shared pages once, read after every call, and
+    before this process opens a bundle itself.
 
     With --train: a training iteration with frozen model and teacher against the released code's way, which computes
     and discards the gradients of all weights.

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from hcompress.comparison import Comparison
 
 
 def compare(
@@ -28,12 +35,13 @@ def compare(
 ) -> None:
     """Train, sample and measure every recipe at every budget with every seed; leave compare.html, .md and .json in OUT.
 
-    The same command goes on where it stopped; cells that are finished are never done again. On several GPUs:
+    The same command goes on where it stopped. Cells that are finished are never done again; those that were timed with
+    other settings or on another machine are timed anew. On several GPUs:
     accelerate launch -m hcompress.cli.main compare ...
 
     Example: hcompress compare fashion-dit_ddim20 --out runs/compare-20
     """
-    from hcompress.comparison import cells_of, load_comparison, numbers
+    from hcompress.comparison import load_comparison, numbers
 
     flags = {
         "budgets": numbers("--budgets", budgets, float),
@@ -44,19 +52,49 @@ def compare(
     }
     comparison = load_comparison(recipes, flags)
     if dry_run:
-        cells, left_out = cells_of(comparison)
-        lines = [str(cell.folder) for cell in cells] + [f"{one.name} {one.point}: {one.reason}" for one in left_out]
-        print(json.dumps({"cells": len(cells), "comparison": comparison.model_dump()}) if as_json else "\n".join(lines))
+        plan = _plan(comparison)
+        print(json.dumps(plan) if as_json else "\n".join([*plan["folders"], *plan["left_out"]]))
         return
     from hcompress.compare import compare as run
     from hcompress.report.comparison_progress import ComparisonDisplay
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         with ComparisonDisplay(speaks=speaks) as display:
             report = run(comparison, out, display, device=device)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"stopped; finished rows are in {out / 'compare.html'}: the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + next(iter(stopped.args), signal.SIGINT)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if speaks:
         print(json.dumps(report) if as_json else out / "compare.html")
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """As Ctrl-C does, which leaves the report behind."""
+    raise KeyboardInterrupt(number)
+
+
+def _plan(comparison: Comparison) -> dict[str, Any]:
+    """The cells of a run, by their folders, and what is left out of it; of fewer steps the models' MACs say how many.
+
+    Without torch, or a model, these are left out of the plan, with the reason.
+    """
+    from hcompress.comparison import cells_of
+    from hcompress.errors import AbsentModel, MissingExtra, missing
+
+    cells, left_out = cells_of(comparison)
+    lines = [f"{one.name} {one.point}: {one.reason}" for one in left_out]
+    if comparison.fewer_steps and any(cell.budget is not None for cell in cells):
+        try:
+            if find_spec("torch") is None:
+                raise missing("torch", "train")
+            from hcompress.compare import Settings, with_fewer_steps
+
+            cells = with_fewer_steps(comparison, cells, Settings("cpu"))
+        except (AbsentModel, MissingExtra) as error:
+            lines.append(f"fewer steps, as many as each budget pays for: {error}")
+    folders = [str(cell.folder) for cell in cells]
+    return {"cells": len(cells), "folders": folders, "left_out": lines, "comparison": comparison.model_dump()}

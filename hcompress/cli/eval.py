@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from hcompress.report.published import Judge
 
+CLIP = "openai/clip-vit-base-patch16"
 SHOWN = (
-    *("psnr_db", "ssim"),
+    *("psnr_db", "ssim", "relative_l2"),
     *("fd64", "accuracy", "precision", "recall"),
     *("emoji_clip", "retrieval", "fd_efflite0", "kid_efflite0"),
     *("inception_score", "fid", "sfid", "kid", "inception_precision", "inception_recall", "clip_score"),
@@ -29,7 +30,7 @@ def evaluate(
     ],
     schedule: Annotated[Path | None, typer.Option(help="A schedule.safetensors; none: MODEL uncached.")] = None,
     solver: Annotated[str | None, typer.Option(help="The schedule's solver; ddim if not given.")] = None,
-    steps: Annotated[int | None, typer.Option(help="The schedule's own if not given, else 20.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="The schedule's own if not given, else 20.")] = None,
     cfg: Annotated[
         float | None, typer.Option(help="Guidance scale; the schedule's own if not given, else 1.5.")
     ] = None,
@@ -37,9 +38,11 @@ def evaluate(
         str | None, typer.Option(help="Run its mask under another rule: plain, taylor.", show_default="its own")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="How many; even shares of the classes.", show_default="500")
+        int | None, typer.Option(min=1, help="How many; even shares of the classes.", show_default="500")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise; sample i is the same for every schedule.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noise; sample i is the same for every schedule.", show_default="0")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Real pictures, a folder or npz, or ADM's npz of statistics: FID, sFID, IS, ...")
     ] = None,
@@ -53,7 +56,7 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Pictures only: a line of text for each, for CLIP score.")
     ] = None,
-    clip: Annotated[str, typer.Option(help="The CLIP: a local folder or a hub id.")] = "openai/clip-vit-base-patch16",
+    clip: Annotated[str | None, typer.Option(help="The CLIP: a local folder or a hub id.", show_default=CLIP)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -68,11 +71,11 @@ def evaluate(
     from hcompress.errors import InputError
     from hcompress.models.loading import is_model
 
-    asked = _asked(recipe) if recipe else {}
-    solver, steps = solver or asked.get("solver"), steps or asked.get("steps")
-    cfg, samples = asked.get("cfg") if cfg is None else cfg, samples or asked.get("samples", 500)
-    reference = reference or asked.get("reference")
     pictures = Path(model).exists() and not is_model(model)
+    given = {"solver": solver, "steps": steps, "cfg": cfg, "samples": samples}
+    asked = _asked(recipe) if recipe else {}
+    asked |= {name: value for name, value in (given | {"reference": reference}).items() if value is not None}
+    reference = asked.get("reference")
     if pictures and (schedule or not (reference or prompts)):
         raise InputError(
             f"{model} is no MODEL, so it should hold pictures, which are judged by --reference REAL, --prompts FILE or "
@@ -80,17 +83,32 @@ def evaluate(
         )
     if prompts and not pictures:
         raise InputError("--prompts is for finished pictures: generate them, then hcompress eval FOLDER --prompts FILE")
+    if pictures:
+        _refuse(given | {"seed": seed, "reuse": reuse}, f"{model} holds finished pictures, and none are generated")
+    elif schedule is None:
+        _refuse({"reuse": reuse}, "it is how a schedule's mask runs, so pass --schedule")
+    if reference is None:
+        _refuse({"inception": inception} | ({} if pictures else {"size": size}), "there is no --reference")
+    if prompts is None:
+        _refuse({"clip": clip}, "there are no --prompts")
     with Progress(console=Console(stderr=True), transient=True) as bars:
         judge = _judge(reference, inception, size, device, bars) if reference else None
         if pictures:
-            return _pictures(Path(model), judge, clip, prompts, size, device, bars, as_json)
-        result = _samples(model, schedule, solver, steps, cfg, reuse, samples, seed, judge, device, bars)
+            return _pictures(Path(model), judge, clip or CLIP, prompts, size, device, bars, as_json)
+        result = _samples(model, schedule, asked, reuse, seed or 0, judge, device, bars)
+    columns: dict[str, dict[str, Any]] = {name: result.pop(name) for name in ("uncached", "cached") if name in result}
     if as_json:
-        whole = result.get("cached", {}) | {"uncached": result["uncached"], "num_samples": samples, "seed": seed}
-        print(json.dumps(whole))
+        print(json.dumps(columns.get("cached", {}) | {"uncached": columns["uncached"]} | result))
         return
-    columns = [name for name in ("uncached", "cached") if name in result]
-    _print({name: result[name] for name in columns}, f"{model}, {samples} samples, seed {seed}")
+    _print(columns, f"{model}, {result['num_samples']} samples, seed {result['seed']}")
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raise InputError where one of these is given, which would do nothing."""
+    from hcompress.errors import InputError
+
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise InputError(f"{', '.join(given)} would do nothing: {why}")
 
 
 def _asked(recipe: str) -> dict[str, Any]:
@@ -107,32 +125,34 @@ def _asked(recipe: str) -> dict[str, Any]:
 def _samples(
     model: str,
     schedule: Path | None,
-    solver: str | None,
-    steps: int | None,
-    cfg: float | None,
+    asked: dict[str, Any],
     reuse: str | None,
-    samples: int,
     seed: int,
     judge: Judge | None,
     device: str,
     bars: Progress,
 ) -> dict[str, Any]:
-    """MODEL's samples, uncached and under the schedule."""
+    """MODEL's samples, uncached and under the schedule. What is not asked for is the schedule's, or MODEL's own."""
+    from hcompress.report.published import viewer_of
     from hcompress.report.quality import evaluate as measure
     from hcompress.report.quality import left_out
     from hcompress.rundir import own_flags
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
 
-    loaded, own = Schedule.load(schedule) if schedule else None, own_flags(model)
-    steps = steps or (int(loaded.identity.solver["steps"]) if loaded else own.get("solver.steps", 20))
-    if cfg is None:
-        cfg = loaded.identity.cfg or 1.0 if loaded else own.get("cfg", 1.5)
-    setting = open_setting(model, solver or own.get("solver.name", "ddim"), steps, cfg, device=device)
+    samples, loaded = asked.get("samples", 500), Schedule.load(schedule) if schedule else None
+    own = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
+    if loaded:
+        scale = loaded.identity.cfg
+        own |= {"solver.steps": int(loaded.identity.solver["steps"]), "cfg": 1.0 if scale is None else scale}
+    solver, steps = asked.get("solver", own["solver.name"]), asked.get("steps", own["solver.steps"])
+    setting = open_setting(model, solver, steps, asked.get("cfg", own["cfg"]), device=device)
     if loaded:
         loaded.check_fits(setting.adapter.graph, setting.identity)
         loaded = loaded.reusing(reuse, setting.adapter.graph)
-    for note in filter(None, (left_out(setting), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
+    if judge:
+        viewer_of(setting)  # latents that nothing decodes are refused before they are made
+    for note in filter(None, (left_out(setting, samples), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
     return measure(

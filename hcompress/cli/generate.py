@@ -35,7 +35,9 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",
     schedule: Annotated[Path | None, typer.Option(help="MODEL only: a schedule.safetensors; none is dense.")] = None,
     solver: Annotated[str | None, typer.Option(help="MODEL only: the schedule's solver; ddim if not given.")] = None,
-    steps: Annotated[int | None, typer.Option(help="MODEL only: the schedule's own if not given, else 20.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="MODEL only: the schedule's own if not given, else 20.")
+    ] = None,
     cfg: Annotated[float | None, typer.Option(help="MODEL only: the schedule's own if not given, else 1.5.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -119,8 +121,11 @@ def _from_model(
     learned = Schedule.load(schedule) if schedule else None
     own = own_flags(model)
     solver = solver or own.get("solver.name", "ddim")
-    steps = steps or (int(learned.identity.solver["steps"]) if learned else own.get("solver.steps", 20))
-    cfg = cfg if cfg is not None else (learned.identity.cfg if learned else own.get("cfg")) or 1.5
+    if steps is None:
+        steps = int(learned.identity.solver["steps"]) if learned else own.get("solver.steps", 20)
+    if cfg is None:
+        cfg = learned.identity.cfg if learned else own.get("cfg")
+    cfg = 1.5 if cfg is None else cfg
     setting = open_setting(model, solver, steps, cfg, device=device)
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)

@@ -24,7 +24,7 @@ def prune(
     threshold: Annotated[float | None, typer.Option(help="Steps count while L_t / L_max is above this.")] = None,
     updates: Annotated[int | None, typer.Option(help="Of the fine-tune; 0: none.")] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, dpm++, unipc, ...")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps T.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps T.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of images, noises and labels.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe or a YAML file.")] = None,
@@ -62,7 +62,7 @@ def prune(
     from hcompress.pruning import figures_of, kept_of
     from hcompress.pruning import prune as run
     from hcompress.report.progress import StagesDisplay
-    from hcompress.report.quality import against_original
+    from hcompress.report.quality import against_original, left_out
     from hcompress_runtime.files import write_atomically
 
     console = Console(stderr=True)
@@ -83,6 +83,8 @@ def prune(
         raise typer.Exit(130) from None
     figures: dict[str, Any] = figures_of(made.original.adapter, made.pruned.adapter)
     if samples:
+        if note := left_out(made.original, samples):
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
         with Progress(console=console, transient=True) as bars:
             tasks = {what: bars.add_task(what, total=samples) for what in ("original", "pruned")}
             figures |= against_original(

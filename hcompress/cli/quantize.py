@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from hcompress.quant.settings import EfficientDMSettings
     from hcompress.recipe import QuantRecipe
 
-SHOWN = ("psnr_db", "ssim", "relative_l2", "fd64", "accuracy", "precision", "recall", "megabytes")
+SHOWN = (
+    *("psnr_db", "ssim", "relative_l2", "fd64", "accuracy", "precision", "recall", "emoji_clip", "kid_efflite0"),
+    "megabytes",
+)
 
 
 RESAMPLING = {"model", "out", "solver", "steps", "cfg", "resample_steps", "resume", "dry_run", "as_json"}
@@ -36,7 +39,7 @@ def quantize(
         bool | None, typer.Option("--one-scale/--per-step", help="One range of an input, or one for each call.")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, dpm++, unipc, ...")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps T.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps T.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noises that calibrate.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe or a YAML file.")] = None,
@@ -110,7 +113,7 @@ def quantize(
     if isinstance(resolved.quant, EfficientDMSettings):
         return _distil(resolved, resolved.quant, out, resume, device, samples, console, as_json)
     from hcompress.quantize import quantize as run
-    from hcompress.report.quality import against_float
+    from hcompress.report.quality import against_float, left_out
     from hcompress_runtime.files import write_atomically
 
     with _bars(console) as bars:
@@ -124,6 +127,8 @@ def quantize(
             on_call=lambda done: bars.update(task, completed=done),
         )
         if samples:
+            if note := left_out(result.dense, samples):
+                console.print(note, highlight=False, soft_wrap=True, markup=False)
             tasks = {what: bars.add_task(what, total=samples) for what in ("float", "quantized")}
             figures = against_float(
                 result.dense,
@@ -153,7 +158,7 @@ def _distil(
 ) -> None:  # fmt: skip
     from hcompress.quantize import quantize as run
     from hcompress.report.progress import StagesDisplay
-    from hcompress.report.quality import WITH_CACHE, against_float, with_cache
+    from hcompress.report.quality import WITH_CACHE, against_float, left_out, with_cache
     from hcompress.rundir import RunDir
     from hcompress.schedule import Schedule
     from hcompress_runtime.files import write_atomically
@@ -167,6 +172,8 @@ def _distil(
     figures: dict[str, Any] = {}
     title = f"{recipe.model}, efficientdm {settings.resolved_format}, {samples} samples, seed {recipe.seed}"
     if samples:
+        if note := left_out(made.dense, samples):
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
         with _bars(console) as bars:
             names = WITH_CACHE if made.schedule else ("float", "quantized")
             tasks = {what: bars.add_task(what, total=samples) for what in names}

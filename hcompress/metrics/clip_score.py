@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from hcompress.device import checked_device
 from hcompress.errors import DataError, ModelError
 
 
@@ -22,14 +23,15 @@ class ClipScore:
 
     model: a local folder or a hub id of a CLIP with its tokenizer and preprocessor
 
-    Raises ModelError where it cannot be loaded.
+    Raises ModelError where it cannot be loaded, InputError for a device that is not there.
     """
 
     def __init__(self, model: str, device: str = "cpu") -> None:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+        self.device = checked_device(device)
         try:
-            self.network: Any = CLIPModel.from_pretrained(model).to(device).eval()
+            self.network: Any = CLIPModel.from_pretrained(model).to(self.device).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
             self.processor: Any = CLIPImageProcessorPil.from_pretrained(model)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -38,7 +40,7 @@ class ClipScore:
                 f"no CLIP can be loaded from {model} ({reason}); pass --clip a downloaded folder of one, such as "
                 "openai/clip-vit-large-patch14, with its tokenizer and preprocessor_config.json"
             ) from error
-        self.device, self.total, self.count = device, 0.0, 0
+        self.total, self.count = 0.0, 0
 
     @torch.no_grad()
     def add(self, pictures: Tensor, prompts: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from hcompress.errors import DataError
 from hcompress.pictures import SUFFIXES, UNREADABLE, picture_files, read_picture
 
 ARRAY = "arr_0.npy"
+# What reading an npz raises where bytes of it are wrong; RuntimeError: they ask for a cipher, or a method it has not.
+DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, RuntimeError)
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -142,7 +145,7 @@ class Npz:
                 if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or not shape[0]:
                     raise DataError(f"arr_0 of {self.file} is {dtype}{list(shape)}; it should be uint8[N, H, W, 3]")
                 yield stream, shape
-        except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
+        except DAMAGED as error:
             raise DataError(f"{self.file} cannot be read as an npz of pictures ({error})") from error
 
 

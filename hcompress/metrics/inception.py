@@ -26,6 +26,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from hcompress.device import checked_device
 from hcompress.errors import DataError, ModelError, missing
 from hcompress.metrics.image_sets import ImageSet
 
@@ -53,11 +54,12 @@ class Inception:
 
     weights: torch-fidelity's file; None takes the one in torch's hub cache, and fetches it where it is not there
 
-    Raises MissingExtra without torch-fidelity, ModelError where the weights are absent, broken or another network's.
+    Raises MissingExtra without torch-fidelity, ModelError where the weights are absent, broken or another network's,
+    InputError for a device that is not there.
     """
 
     def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
-        module = _network_module()
+        place, module = checked_device(device), _network_module()
         file = _weights(module.URL_INCEPTION_V3) if weights is None else weights
         try:
             torch.load(file, map_location="cpu", weights_only=True)  # the library reads it in a way that runs code
@@ -67,8 +69,8 @@ class Inception:
             raise ModelError(
                 f"{file} cannot be read as Inception's weights ({reason}); download {module.URL_INCEPTION_V3}"
             ) from error
-        self.network: nn.Module = network.to(device)
-        self.device = device
+        self.network: nn.Module = network.to(place)
+        self.device = place
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         self._spatial: list[Tensor] = []
         network.Mixed_6d.branch1x1.register_forward_hook(lambda layer, inputs, output: self._spatial.append(output))

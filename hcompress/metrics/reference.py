@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from hcompress.errors import DataError
 from hcompress.metrics.distances import moments
-from hcompress.metrics.image_sets import ImageSet, open_set
+from hcompress.metrics.image_sets import DAMAGED, ImageSet, open_set
 from hcompress.metrics.inception import POOL, SPATIAL, Inception, features_of
 from hcompress_runtime.files import write_atomically
 
@@ -96,10 +95,10 @@ def _seen(images: ImageSet, network: Inception, progress: Callable[[int, int], N
 def _statistics(path: Path) -> dict[str, NDArray[np.float64]]:
     """The statistics of an npz; of pictures, only that there are some."""
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:  # of a path that is damaged, numpy leaves the file open
             wanted = [name for pair in PAIRS for name in pair if name in stored]
             return {name: stored[name] for name in wanted} | ({"arr_0": np.empty(0)} if "arr_0" in stored else {})
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise DataError(f"{path} cannot be read as an npz ({error}); download or copy it again") from error
 
 

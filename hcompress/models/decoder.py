@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hcompress.errors import ModelError
 
+PIXELS = (1, 3)  # channels of a picture: gray, or RGB
+
 
 class Decoder(nn.Module):
     """Pictures [B, 3, H, W], about [-1, 1], for latents [B, C, h, w] as the denoiser scales them.
@@ -59,6 +61,14 @@ def load_decoder(folder: Path) -> Decoder | None:
     """The decoder in `folder`/vae, float32; None for a model in pixel space. Raises ModelError where it is broken."""
     vae = _load(folder)
     return None if vae is None else Decoder(vae)
+
+
+def load_viewer(folder: Path, channels: int) -> nn.Module | None:
+    """What makes pictures [B, 1 or 3, H, W] of samples of so many channels; None for latents without a VAE.
+
+    That is the decoder in `folder`/vae, or nothing to do for a model in pixel space. Raises ModelError as above.
+    """
+    return load_decoder(folder) or (nn.Identity() if channels in PIXELS else None)
 
 
 def load_encoder(folder: Path) -> Encoder | None:

@@ -1,8 +1,13 @@
 """What all text-conditional families do with prompts, whatever each is told of one.
 
 There is no text encoder here: prompts come as its outputs, see hcompress_runtime.conditions. A file of them in the
-model's folder, `prompts.safetensors`, is what training draws from, where the null prompt is found, and how many tokens
-a prompt has.
+model's folder, `prompts.safetensors`, is what training and scoring draw from, where the null prompt is found, and how
+many tokens a prompt has.
+
+Nothing is scored on the prompts that it learned from. Prompts 0-3, 8-11, 16-19, ... are for learning: training,
+fitting, calibration. Prompts 4-7, 12-15, ... are for scoring. Fours take turns, and not one prompt after the other, so
+that both halves hold what comes every second or fourth time, such as concepts that zoo:emoji-pixart was never shown. A
+file of fewer than 8 is all for both.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from hcompress.errors import InputError, ModelError
 from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prompts, null_name
 
 FILE = "prompts.safetensors"
+TURN = 4  # prompts in a row for the one, then for the other
 
 Prompts = Mapping[str, NDArray[Any]]
 """The tensors of a prompts file."""
@@ -39,12 +45,12 @@ class PromptAdapter(Adapter):
 
     @final
     def random_condition(self, rng: np.random.Generator, count: int) -> Condition:
-        """Prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
+        """Prompts drawn uniformly from the model's own for learning. Raises ModelError where it has none."""
         return self.condition(self.prompts.random(rng, count))
 
     @final
     def even_conditions(self, count: int) -> Given:
-        """The model's own prompts, round robin. Raises ModelError where it has none."""
+        """The model's own prompts for scoring, round robin. Raises ModelError where it has none."""
         return self.prompts.even(count)
 
 
@@ -93,12 +99,12 @@ class PromptInputs:
         return {name: condition[null] for null, name in nulls.items()} | {name: condition[name] for name in other}
 
     def random(self, rng: np.random.Generator, count: int) -> Rows:
-        """`count` prompts drawn uniformly from the model's own. Raises ModelError where it has none."""
-        return self._rows(lambda own: rng.integers(own, size=count))
+        """`count` prompts drawn uniformly from the model's own for learning. Raises ModelError where it has none."""
+        return self._rows(lambda own: rng.choice(halves(own)[0], count))
 
     def even(self, count: int) -> Rows:
-        """The model's own prompts, round robin. Raises ModelError where it has none."""
-        return self._rows(lambda own: np.arange(count) % own)
+        """The model's own prompts for scoring, round robin. Raises ModelError where it has none."""
+        return self._rows(lambda own: np.resize(halves(own)[1], count))
 
     def _rows(self, choose: Callable[[int], NDArray[np.int64]]) -> Rows:
         if self.own is None:
@@ -109,6 +115,15 @@ class PromptInputs:
             )
         chosen = choose(len(self.own[next(iter(self.prompt))]))
         return {name: array[chosen] for name, array in self.own.items()}
+
+
+def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of `count` prompts are for learning, and which for scoring: all for both where there are fewer than 8."""
+    numbers = np.arange(count)
+    if count < 2 * TURN:
+        return numbers, numbers
+    learning = numbers // TURN % 2 == 0
+    return numbers[learning], numbers[~learning]
 
 
 def zeros(prompt: Mapping[str, Input]) -> Prompts:

@@ -6,18 +6,18 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, row_file
-from hcompress.rundir import environment
+from hcompress.report.measured import described, recorded
 from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
 NEAR = 0.03  # of its budget: a row whose CUR, or share of steps saved, comes no nearer is not ranked
 SHORT = 1.0  # seconds that are no training cost
+SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
 
 @dataclass(frozen=True)
@@ -73,49 +73,58 @@ TRAINING = {
 
 
 def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[LeftOut], out: Path) -> dict[str, Any]:
-    """The whole report as one JSON object; figures are {"mean", "std"}, std being the deviation over seeds.
+    """The whole report as one JSON object; figures are {"mean", "std", "seeds"}, see `spread`.
 
-    {"title", "date", "environment", "samples", "runner", "batch", "seeds", "finished", "cells", "groups": [{"name",
-    "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out": [{...}]}]}
+    {"title", "samples", "runner", "seeds", "finished", "cells", "measured": see hcompress.report.measured, "groups":
+    [{"name", "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out":
+    [{"name", "point", "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
+
+    def group_of(name: str) -> dict[str, Any]:
+        return groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
+
     finished = [(cell, file) for cell in cells if (file := row_file(out, cell, comparison)).exists()]
     rows: dict[tuple[str, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     for cell, file in finished:
         rows.setdefault(cell.row, []).append((cell, json.loads(file.read_text())))
     for cell in sorted(cells, key=lambda cell: cell.name == FEWER_STEPS):
-        name = group_name(cell.group)
-        group = groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
+        group = group_of(group_name(cell.group))
         group["methods"] += [cell.name] * (cell.name not in group["methods"])
     for (where, name, point), found in rows.items():
-        if reason := found[0][1].get("impossible"):
-            groups[where]["left_out"].append({"name": name, "point": point, "reason": reason})
-            continue
-        groups[where]["rows"].append(
-            {
-                "name": name,
-                "point": point,
-                "budget": found[0][0].budget,
-                "seeds": [cell.seed for cell, _ in found],
-                "folders": [str(cell.folder) for cell, _ in found],
-                "figures": _spread([row["figures"] for _, row in found]),
-                "training": _spread([_with_update_ms(row["training"]) for _, row in found]),
-            }
-        )
+        if kept := [(cell, row) for cell, row in found if "figures" in row]:
+            group_of(where)["rows"].append(
+                {
+                    "name": name,
+                    "point": point,
+                    "budget": kept[0][0].budget,
+                    "seeds": [cell.seed for cell, _ in kept],
+                    "folders": [str(cell.folder) for cell, _ in kept],
+                    "figures": spread([row["figures"] for _, row in kept]),
+                    "training": spread([_with_update_ms(row["training"]) for _, row in kept]),
+                }
+            )
+        reasons: dict[str, list[int]] = {}
+        for cell, row in found:
+            if reason := row.get("impossible"):
+                reasons.setdefault(reason, []).append(cell.seed)
+        for reason, seeds in reasons.items():
+            group_of(where)["left_out"].append({"name": name, "point": point, "seeds": seeds, "reason": reason})
     for one in left_out:
-        groups[group_name(one.group)]["left_out"].append({"name": one.name, "point": one.point, "reason": one.reason})
+        group_of(group_name(one.group))["left_out"].append(
+            {"name": one.name, "point": one.point, "seeds": comparison.seeds, "reason": one.reason}
+        )
     for group in groups.values():
         group["rows"].sort(key=_table_order)
+    every = [one for found in rows.values() for one in found]
     return {
         "title": comparison.title,
-        "date": str(date.today()),
-        "environment": environment(),
         "samples": comparison.samples,
         "runner": comparison.runner,
-        "batch": comparison.batch,
         "seeds": comparison.seeds,
         "finished": len(finished),
         "cells": len(cells),
+        "measured": recorded((_name(cell, len(groups) > 1), row) for cell, row in every if "figures" in row),
         "groups": list(groups.values()),
     }
 
@@ -137,22 +146,26 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The tables of a report."""
     parts = [f"# {report['title']}", provenance(report)]
     for group in report["groups"]:
-        parts += [f"## {group['name']}", _markdown_table(quality_table(group)), meaning(report, group)]
+        parts.append(f"## {group['name']}")
+        if group["rows"]:
+            parts += [_markdown_table(quality_table(group)), meaning(report, group)]
         if len(cost := training_table(group)) > 1:
             parts += ["Training, a seed:", _markdown_table(cost)]
-        parts += [f"Left out: {one['name']} at {one['point']}: {one['reason']}." for one in group["left_out"]]
+        parts += left_out_lines(report, group)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def provenance(report: Mapping[str, Any]) -> str:
     """Where the figures come from."""
-    environment, seeds = report["environment"], report["seeds"]
-    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
+    seeds, found = report["seeds"], report["measured"]
+    over = f"mean ± {SPREAD} over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "one seed"
     missing = report["cells"] - report["finished"]
-    return (
-        f"{report['samples']} samples a row and seed, {spread}; {report['date']}, {environment['cpu']}, "
-        f"{environment['cores']} threads, torch {environment['packages']['torch']}, run by {report['runner']}."
-        + (f" **{missing} of {report['cells']} cells are not finished.**" if missing else "")
+    measured = (
+        f"; measured {described(found, 'date')} on {described(found, 'machine')}, by {report['runner']}, with "
+        f"{described(found, 'software')}"
+    )
+    return f"{report['samples']} samples a row and seed, {over}{measured if found['date'] else ''}." + (
+        f" **{missing} of {report['cells']} cells are not finished.**" if missing else ""
     )
 
 
@@ -160,8 +173,8 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     """What the columns of a table are."""
     said = (
         "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. CUR is the share of branch "
-        f"evaluations that are reused; latency is that of {report['batch']} samples, and speed-up is over the uncached "
-        "model, timed in turns."
+        f"evaluations that are reused; latency is of {described(report['measured'], 'timing')}; speed-up is over the "
+        "uncached model, timed in turns."
     )
     if floors_of(group):
         said += (
@@ -169,6 +182,16 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
             "score at the same number of samples is the floor."
         )
     return said
+
+
+def left_out_lines(report: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
+    """A sentence on each row that could not be, wholly or with some of the seeds, and why."""
+    lines = []
+    for one in group["left_out"]:
+        what = " at ".join(filter(None, (one["name"], one["point"])))
+        some = f" with seed {', '.join(map(str, one['seeds']))}" if one["seeds"] != report["seeds"] else ""
+        lines.append(f"{what}{some} is left out: {one['reason']}.")
+    return lines
 
 
 def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:
@@ -237,18 +260,28 @@ def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
     return {max(indices, key=mean) for indices in budgets.values() if len(indices) > 1}
 
 
+def _name(cell: Cell, several: bool) -> str:
+    """What a sentence calls a cell, of one among `several` groups."""
+    name = " ".join(filter(None, (cell.name, cell.point, f"seed {cell.seed}")))
+    return f"{cell.row[0]}: {name}" if several else name
+
+
 def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:
     """Uncached, then budget by budget with fewer steps last, then what has no budget; otherwise as it was asked for."""
     budget = row["budget"]
     return row["name"] != UNCACHED, budget is None, budget or 0.0, row["name"] == FEWER_STEPS
 
 
-def _spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and deviation of each figure over the seeds that have it."""
+def spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation (n - 1; 0 of one) of each figure over the n seeds that have it."""
     keys = dict.fromkeys(key for one in found for key in one)
     values = {key: [one[key] for one in found if key in one] for key in keys}
     return {
-        key: {"mean": statistics.fmean(each), "std": statistics.pstdev(each), "seeds": len(each)}
+        key: {
+            "mean": statistics.fmean(each),
+            "std": statistics.stdev(each) if len(each) > 1 else 0.0,
+            "seeds": len(each),
+        }
         for key, each in values.items()
     }
 
@@ -256,7 +289,7 @@ def _spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
 def _with_update_ms(training: Mapping[str, float]) -> dict[str, float]:
     found = dict(training)
     if found.get("updates"):
-        found["update_ms"] = 1e3 * found["seconds"] / found["updates"]
+        found["update_ms"] = 1e3 * (found["seconds"] - found.get("fitting_seconds", 0)) / found["updates"]
     return found
 
 

@@ -16,16 +16,19 @@ from PIL import Image
 from hcompress.comparison import FEWER_STEPS, POINTS, UNCACHED
 from hcompress.report.comparison import (
     REAL,
+    SPREAD,
     TRAINING,
     Column,
     best_rows,
     columns_of,
     floors_of,
+    left_out_lines,
     meaning,
     trained_rows,
     training_table,
     written,
 )
+from hcompress.report.measured import described
 from hcompress.report.page import write_page
 from hcompress.report.scatter import MARKERS, Level, Point, colour, marker, scatter_svg
 from hcompress.schedule import Schedule
@@ -63,14 +66,13 @@ def _lead(report: Mapping[str, Any]) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> str:
-    environment, missing = report["environment"], report["cells"] - report["finished"]
+    missing, found = report["cells"] - report["finished"], report["measured"]
     facts = {
         "Samples": f"{report['samples']} a row and seed",
-        "Seeds": ", ".join(map(str, report["seeds"]))
-        + ("; mean ± standard deviation" if len(report["seeds"]) > 1 else ""),
-        "Measured": f"{report['date']}, {report['runner']}",
-        "Machine": f"{environment['cpu']}, {environment['cores']} threads",
-        "Software": f"torch {environment['packages']['torch']}, hcompress {environment['packages']['hcompress']}",
+        "Seeds": ", ".join(map(str, report["seeds"])) + (f"; mean ± {SPREAD}" if len(report["seeds"]) > 1 else ""),
+        "Measured": f"{described(found, 'date')}, {report['runner']}",
+        "Machine": described(found, "machine"),
+        "Software": described(found, "software"),
         "Finished": f"{report['finished']} of {report['cells']} cells" if missing else "all cells",
     }
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
@@ -79,17 +81,16 @@ def _facts(report: Mapping[str, Any]) -> str:
 
 def _group(group: Mapping[str, Any], out: Path, report: Mapping[str, Any]) -> str:
     series = [name for name in group["methods"] if name != UNCACHED]
-    left_out = [f"{one['name']} at {one['point']} is left out: {one['reason']}." for one in group["left_out"]]
-    parts = [
-        f"<h2>{escape(group['name'])}</h2>",
-        _plots(group, series),
-        "<h3>All figures</h3>",
-        _table(group),
-        f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
-        *(f'<p class="note">{escape(line)}</p>' for line in left_out),
-        _sheets(group, out, report["samples"]),
-        _training(group),
-    ]
+    left_out = [f'<p class="note">{escape(line)}</p>' for line in left_out_lines(report, group)]
+    parts = [f"<h2>{escape(group['name'])}</h2>", *left_out]
+    if group["rows"]:
+        parts[1:1] = [
+            _plots(group, series),
+            "<h3>All figures</h3>",
+            _table(group),
+            f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
+        ]
+        parts += [_sheets(group, out, report["samples"]), _training(group)]
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -109,7 +110,8 @@ def _plots(group: Mapping[str, Any], series: Sequence[str]) -> str:
     if not panels:
         return ""
     note = (
-        "Bars are one standard deviation over seeds. Lines join the budgets of a method. A button takes a method out."
+        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. A button takes a "
+        "method out."
     )
     return (
         f'<h3>Quality against cost</h3><div class="keys">{keys}</div><div data-panels="0">{"".join(panels)}</div>'
@@ -179,7 +181,8 @@ def _training(group: Mapping[str, Any]) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         "Of one seed. Images are those that a method was shown, of its training set; minutes are wall-clock time of "
-        "training or calibration, scoring included; memory is what it adds at its peak, on a GPU that of all tensors."
+        "training or calibration, with scoring and the fit of corrections, which ms / update is without; memory is "
+        "what it adds at its peak, on a GPU that of all tensors."
     )
     return f'<h3>Training cost</h3>{_scrolling(heads, rows)}<p class="note">{note}</p>'
 

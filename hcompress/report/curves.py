@@ -8,12 +8,13 @@ from typing import Any
 
 
 def save_training_curves(records: Sequence[dict[str, Any]], path: Path, target_cur: float | None = None) -> None:
-    """Write a PNG of the metrics.jsonl `records` of one run."""
+    """Write a PNG of the metrics.jsonl `records` of one run, of those that are rounds."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    records = [record for record in records if "round" in record]
     steps = [record["round"] for record in records]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     left.plot(steps, [100 * r["hard_cur"] for r in records], label="hard (deployed)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,17 @@ def compare_bundles(
     for what in ("config_hash", "weight_hash", "solver", "cfg"):
         if ours[what] != theirs[what]:
             raise BundleError(f"{cached} and {dense} differ in {what}; export both from one run, one with --dense")
+    # Before any is open here: a page that two processes hold counts half in each.
+    memory = {prefix: peak_memory_bytes(b.path, batch, threads, provider=provider) for prefix, b in bundles.items()}
     given = example(bundles[""].conditions, batch)
     contenders: dict[str, Callable[[], object]] = {}
-    for prefix, bundle in bundles.items():
-        runtime = Runtime(bundle, provider, threads)
-        contenders[prefix] = lambda runtime=runtime: runtime.generate(given, batch=batch)  # type: ignore[misc]
-    if with_torch:
-        contenders |= _torch(bundles[""], given, batch, threads)
-    latency_ms = {prefix: float(np.median(ms)) for prefix, ms in interleaved(contenders, rounds, progress).items()}
+    with ExitStack() as stack:
+        for prefix, bundle in bundles.items():
+            runtime = stack.enter_context(Runtime(bundle, provider, threads))
+            contenders[prefix] = lambda runtime=runtime: runtime.generate(given, batch=batch)  # type: ignore[misc]
+        if with_torch:
+            contenders |= _torch(bundles[""], given, batch, threads)
+        latency_ms = {prefix: float(np.median(ms)) for prefix, ms in interleaved(contenders, rounds, progress).items()}
     speedup, mac_ratio = latency_ms["dense_"] / latency_ms[""], bundles[""].mac_ratio / bundles["dense_"].mac_ratio
     return {
         "speedup": speedup,
@@ -52,10 +56,7 @@ def compare_bundles(
         "efficiency": speedup / mac_ratio,
         "cur": bundles[""].cur,
         **{f"{prefix}latency_ms": value for prefix, value in latency_ms.items()},
-        **{
-            f"{prefix}peak_memory_bytes": peak_memory_bytes(b.path, batch, threads, provider=provider)
-            for prefix, b in bundles.items()
-        },
+        **{f"{prefix}peak_memory_bytes": value for prefix, value in memory.items()},
         "provider": provider,
         "batch": batch,
         "rounds": rounds,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcompress.errors import DataError
 from hcompress.metrics.clip_score import ClipScore, read_prompts
@@ -16,7 +16,7 @@ from hcompress.metrics.image_sets import Folder, ImageSet, open_set
 from hcompress.metrics.inception import Inception, features_of
 from hcompress.metrics.published import published_metrics
 from hcompress.metrics.reference import load_reference
-from hcompress.models.decoder import Decoder, load_decoder
+from hcompress.models.decoder import load_viewer
 from hcompress.setting import Setting
 
 BATCH = 32
@@ -71,16 +71,27 @@ class Judge:
 
     def of_samples(self, setting: Setting, samples: Tensor, what: str) -> dict[str, float]:
         """The metrics of a model's samples [N, C, h, w], decoded where they are latents."""
-        return self(Generated(samples, load_decoder(setting.model.folder), self.device), what)
+        return self(Generated(samples, viewer_of(setting), self.device), what)
+
+
+def viewer_of(setting: Setting) -> nn.Module:
+    """What makes pictures of the model's samples. Raises DataError for latents that came without their VAE."""
+    model = setting.model
+    viewer = load_viewer(model.folder, model.adapter.sample_shape[0])
+    if viewer is None:
+        raise DataError(
+            f"{model.name} makes latents of {model.adapter.sample_shape[0]} channels and {model.folder / 'vae'} is "
+            "missing, so there are no pictures to compare with --reference; download the VAE of its pipeline there"
+        )
+    return viewer
 
 
 @final
 class Generated:
     """A model's samples as pictures in 256 levels, as they would be saved, gray ones in three channels: an ImageSet."""
 
-    def __init__(self, samples: Tensor, decoder: Decoder | None, device: str = "cpu") -> None:
-        self.samples, self.device = samples, device
-        self.decoder = decoder.to(device) if decoder else None
+    def __init__(self, samples: Tensor, viewer: nn.Module, device: str = "cpu") -> None:
+        self.samples, self.viewer, self.device = samples, viewer.to(device), device
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,7 +105,7 @@ class Generated:
         """As of every ImageSet."""
         for first in range(0, len(self), size):
             rows = self.samples[first : first + size]
-            pictures = self.decoder(rows.to(self.device)) if self.decoder else rows
+            pictures = self.viewer(rows.to(self.device))
             pictures = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             yield list(range(first, first + len(rows))), pictures.expand(-1, 3, -1, -1)
 

@@ -1,6 +1,7 @@
 """How good a schedule's samples are, and what they cost: the rows of every comparison.
 
-Paired figures compare each sample with the uncached one from the same noise: no network, no sampling error.
+Paired figures compare each sample with the uncached one from the same noise: no sampling error, and no network but the
+model's own VAE, by which latents are looked at.
 Distribution figures are the model's own offline metrics (hcompress.metrics), each beside its real-vs-real floor.
 """
 
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcompress.corrections import Corrections
 from hcompress.errors import missing
 from hcompress.lowbit.artefact import network_bytes
-from hcompress.metrics.emoji import EmojiMetrics, emoji_metrics
-from hcompress.metrics.fashion import MIN_SAMPLES, FashionMetrics, fashion_metrics
-from hcompress.metrics.paired import psnr_db, relative_l2, ssim
+from hcompress.metrics import emoji, fashion
+from hcompress.metrics.paired import WINDOW, psnr_db, relative_l2, ssim
+from hcompress.models.decoder import load_viewer
 from hcompress.quantize import Quantized
 from hcompress.sampling import sample_seeded
 from hcompress.schedule import Schedule
@@ -28,7 +29,11 @@ from hcompress.setting import Setting
 from hcompress.zoo import emoji_clip
 from hcompress_runtime.conditions import Given
 
-SSIM_WINDOW = 11
+DECODED = 8  # latents at once
+COUNTS = {  # fewest and most samples that the metrics of a zoo model's data take
+    "fashion": (fashion.MIN_SAMPLES, fashion.MAX_SAMPLES),
+    "emoji": (emoji.MIN_SAMPLES, emoji.MAX_SAMPLES),
+}
 WITH_CACHE = (
     "dense float",
     "cached float",
@@ -64,33 +69,44 @@ def generate(
     )
 
 
-def paired(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """psnr_db, ssim (where the samples are large enough) and relative_l2 against the uncached `reference`."""
-    figures = {"psnr_db": psnr_db(samples.clamp(-1, 1), reference.clamp(-1, 1))}
-    if min(samples.shape[-2:]) >= SSIM_WINDOW:
-        figures["ssim"] = ssim(samples.clamp(-1, 1), reference.clamp(-1, 1))
-    return figures | {"relative_l2": relative_l2(samples, reference)}
+def paired(setting: Setting, samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """psnr_db and ssim of pictures, relative_l2 of samples [N, C, h, w], against the uncached `reference`.
+
+    Latents are decoded to pictures first; where no VAE came with the model they have no psnr_db and no ssim: the range
+    of both is [-1, 1], and latents know none. Pictures below 11 x 11 have no ssim.
+    """
+    distance = relative_l2(samples, reference)
+    viewer = load_viewer(setting.model.folder, samples.shape[1])
+    figures = {} if viewer is None else _of_pictures(viewer, setting.adapter.device, samples, reference)
+    return figures | {"relative_l2": distance}
 
 
 def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
     """The offline metrics of the model's data with their floors; empty where there are none, see `left_out`."""
-    asked = balanced_labels(setting, len(samples))
-    measured: FashionMetrics | EmojiMetrics
-    if (setting.model.zoo or "").startswith("zoo:fashion"):
-        measured = fashion_metrics(samples, torch.tensor(asked))
-    elif _of_emoji(setting) and isinstance(asked, Mapping) and emoji_clip.installed():
-        states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
-        measured = emoji_metrics(samples, states, mask)
-    else:
+    data = _data(setting)
+    if data is None or left_out(setting, len(samples)):
         return {}
+    asked = balanced_labels(setting, len(samples))
+    measured: fashion.FashionMetrics | emoji.EmojiMetrics
+    if isinstance(asked, Mapping):
+        states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
+        measured = emoji.emoji_metrics(samples, states, mask)
+    else:
+        measured = fashion.fashion_metrics(samples, torch.tensor(asked))
     return {name: value for name, value in vars(measured).items() if name != "num_samples"}
 
 
-def left_out(setting: Setting) -> str | None:
-    """Why `distribution` will be empty although the model has offline metrics; None where it will not."""
-    if not _of_emoji(setting) or emoji_clip.installed():
+def left_out(setting: Setting, count: int) -> str | None:
+    """Why `distribution` of `count` samples will be empty although the model has offline metrics; None: it will not."""
+    data = _data(setting)
+    if data is None:
         return None
-    return f"emoji metrics are left out: {missing('efficientnet-lite-pytorch', 'zoo')}"
+    if data == "emoji" and not emoji_clip.installed():
+        return f"emoji metrics are left out: {missing('efficientnet-lite-pytorch', 'zoo')}"
+    least, most = COUNTS[data]
+    if least <= count <= most:
+        return None
+    return f"{data} metrics are left out: they need {least} to {most} samples, got {count}"
 
 
 def cost(setting: Setting, compute: NDArray[np.bool_]) -> dict[str, float]:
@@ -125,7 +141,7 @@ def evaluate(
     compute = schedule.compute
     samples = generate(setting, count, seed, compute, lambda done: progress("cached", done), schedule.corrections)
     cached = distribution(setting, samples) | published(samples, "cached") | cost(setting, compute)
-    return {"cached": paired(samples, reference) | cached} | result
+    return {"cached": paired(setting, samples, reference) | cached} | result
 
 
 def against_float(
@@ -141,11 +157,10 @@ def against_float(
     """
     reference = generate(dense, count, seed, None, lambda done: progress("float", done))
     samples = generate(quantized, count, seed, None, lambda done: progress("quantized", done))
-    enough = count >= MIN_SAMPLES
     return {
-        "float": (distribution(dense, reference) if enough else {}) | {"megabytes": network_bytes(dense.adapter) / 1e6},
-        "quantized": paired(samples, reference)
-        | (distribution(dense, samples) if enough else {})
+        "float": distribution(dense, reference) | {"megabytes": network_bytes(dense.adapter) / 1e6},
+        "quantized": paired(quantized, samples, reference)
+        | distribution(dense, samples)
         | {"megabytes": network_bytes(quantized.adapter) / 1e6},
         "num_samples": count,
         "seed": seed,
@@ -162,10 +177,9 @@ def against_original(
     """A pruned model against the one it came from: {"original": {...}, "pruned": {...}, "num_samples", "seed"}."""
     reference = generate(original, count, seed, None, lambda done: progress("original", done))
     samples = generate(changed, count, seed, None, lambda done: progress("pruned", done))
-    enough = count >= MIN_SAMPLES
     return {
-        "original": distribution(original, reference) if enough else {},
-        "pruned": paired(samples, reference) | (distribution(changed, samples) if enough else {}),
+        "original": distribution(original, reference),
+        "pruned": paired(changed, samples, reference) | distribution(changed, samples),
         "num_samples": count,
         "seed": seed,
     }
@@ -192,11 +206,27 @@ def with_cache(
         compute = None if mask.all() else mask
         samples = generate(setting, count, seed, compute, partial(progress, name))
         reference = samples if reference is None else reference
-        rows[name] = (paired(samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
-        rows[name] |= distribution(setting, samples) if count >= MIN_SAMPLES else {}
+        rows[name] = (paired(setting, samples, reference) if name != WITH_CACHE[0] else {}) | cost(setting, mask)
+        rows[name] |= distribution(setting, samples)
         rows[name]["megabytes"] = network_bytes(setting.adapter) / 1e6
     return {"rows": rows, "num_samples": count, "seed": seed}
 
 
-def _of_emoji(setting: Setting) -> bool:
-    return (setting.model.zoo or "").startswith("zoo:emoji")
+@torch.no_grad()
+def _of_pictures(viewer: nn.Module, device: torch.device, samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """psnr_db and ssim of what `viewer` makes of both, on `device`."""
+    totals: dict[str, float] = {}
+    viewer.to(device)
+    for pair in zip(samples.split(DECODED), reference.split(DECODED), strict=True):
+        ours, theirs = (viewer(one.to(device)).float().clamp(-1, 1) for one in pair)
+        figures = {"psnr_db": psnr_db(ours, theirs)}
+        if min(ours.shape[-2:]) >= WINDOW:
+            figures["ssim"] = ssim(ours, theirs)
+        for name, mean in figures.items():
+            totals[name] = totals.get(name, 0.0) + mean * len(ours)
+    return {name: total / len(samples) for name, total in totals.items()}
+
+
+def _data(setting: Setting) -> str | None:
+    """Which of COUNTS the model was trained on."""
+    return next((data for data in COUNTS if (setting.model.zoo or "").startswith(f"zoo:{data}")), None)

@@ -34,8 +34,8 @@ class Level:
 
 
 def marker(series: int) -> str:
-    """Matplotlib's marker of series number `series`."""
-    return list(MARKERS)[series % len(MARKERS)]
+    """Matplotlib's marker of series number `series`; of those that share a colour each has another."""
+    return list(MARKERS)[(series + series // COLOURS) % len(MARKERS)]
 
 
 def colour(series: int) -> str:

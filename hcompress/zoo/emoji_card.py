@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hcompress.models.prompts import halves
 from hcompress.report.quality import distribution, generate
 from hcompress.setting import open_setting
 from hcompress.zoo.card import save_loss_curve
@@ -24,7 +25,8 @@ from hcompress.zoo.train_emoji_pixart import (
 )
 from hcompress.zoo.training import EMA_DECAY
 
-SOLVER, STEPS, CFG, SAMPLES, SEED, SHOWN, COLUMNS = "dpm++", 20, 3.0, 256, 0, 64, 8
+SOLVER, STEPS, CFG, SAMPLES, SEED, COLUMNS = "dpm++", 20, 3.0, 256, 0, 8
+SCORED = len(halves(PROMPTS)[1])
 
 CARD = """# zoo:emoji-pixart
 
@@ -33,8 +35,8 @@ a size that trains on a laptop. Not for any use beyond testing and demonstrating
 
 ![samples](samples.png)
 
-The first {shown} prompts of `prompts.txt`, DPM-Solver++(2M), {steps} steps, guidance {cfg}, seed {seed}, not selected.
-Columns 4 and 8 are of concepts that it was never shown.
+The {scored} prompts of `prompts.txt` that are for scoring, DPM-Solver++(2M), {steps} steps, guidance {cfg},
+seed {seed}, not selected. Columns 4 and 8 are of concepts that it was never shown.
 
 | | |
 |---|---|
@@ -52,7 +54,9 @@ Columns 4 and 8 are of concepts that it was never shown.
 ![loss](loss.png)
 
 `prompts.safetensors` holds {prompts} captions of as many concepts as MiniLM's states, every fourth of a held-out
-concept, and the null prompt: what `train` and `eval` draw from. To ask for something else:
+concept, and the null prompt. Fours take turns: with the first, third, ... four methods are trained, fitted and
+calibrated; on the second, fourth, ... they are scored, so that none is scored on prompts that it learned from. Both
+halves hold {scored} prompts, a fourth of them of held-out concepts. To ask for something else:
 
 ```
 hcompress zoo fetch-data minilm
@@ -64,14 +68,14 @@ A hash of code points holds out concepts, not ideas: "woman running" may be held
 
 ## Quality
 
-{samples} samples of the {prompts} prompts, settings as above, measured by `python -m hcompress.zoo.emoji_card`. The
+{samples} samples of the {scored} prompts for scoring, settings as above, by `python -m hcompress.zoo.emoji_card`. The
 metrics are this project's own offline ones (see `../emoji-clip`); none of them is FID, KID or CLIP score. The floor is
 real emoji.
 
 | | samples | floor |
 |---|---|---|
 | emoji-CLIP | {emoji_clip:.1f} | {emoji_clip_floor:.1f} |
-| retrieval among the prompts | {retrieval:.3f} | |
+| retrieval among these prompts | {retrieval:.3f} | |
 | FD-EffLite0 | {fd_efflite0:.2f} | {fd_efflite0_floor:.2f} |
 | KID-EffLite0 x 1000 | {kid_efflite0:.2f} | {kid_efflite0_floor:.2f} |
 """
@@ -88,7 +92,7 @@ def main() -> None:
     emoji = load_emoji()
     setting = open_setting("zoo:emoji-pixart", SOLVER, STEPS, CFG)
     samples = generate(setting, SAMPLES, SEED)
-    (FOLDER / "samples.png").write_bytes(png(samples[:SHOWN].numpy(), columns=COLUMNS))
+    (FOLDER / "samples.png").write_bytes(png(samples[:SCORED].numpy(), columns=COLUMNS))
     trained = json.loads((args.run / STORED).read_text())["step"]
     config = setting.adapter.config()
     card = CARD.format(
@@ -96,8 +100,8 @@ def main() -> None:
         cfg=CFG,
         seed=SEED,
         samples=SAMPLES,
-        shown=SHOWN,
         prompts=PROMPTS,
+        scored=SCORED,
         tokens=TOKENS,
         trained=trained,
         drawings=int((~emoji.held_out).sum()),
