@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import CFG, make_dit, make_pixart, make_table, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from hcompress.adapter import Adapter
 from hcompress.errors import MissingExtra, ModelError, RecipeError
@@ -262,9 +264,11 @@ def test_modelopt_under_a_mask_knows_which_call_it_is(tiny_dit: Adapter) -> None
 
 def test_ranges_for_modelopt_are_where_its_weights_are() -> None:
     """On a GPU, of which only shapes and devices are needed: SmoothQuant multiplies what both sides found."""
-    from modelopt.torch.quantization.calib import MaxCalibrator
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of modelopt's own imports
+        from modelopt.torch.quantization.calib import MaxCalibrator
 
-    from hcompress.quant.by_call import ByCall, Now
+        from hcompress.quant.by_call import ByCall, Now
 
     calibrator = ByCall("layer", Now())
     with FakeTensorMode():
@@ -401,6 +405,7 @@ def test_an_input_without_a_range_is_named(method: str, value: float, said: str)
     from hcompress.quant import QUANTIZERS
 
     adapter: Any = make_dit()
+    linear = torch.nn.functional.linear
     values = adapter.network.transformer_blocks[1].attn1.to_v
     values.weight.fill_(0.0)
     values.bias.fill_(value)
@@ -408,6 +413,12 @@ def test_an_input_without_a_range_is_named(method: str, value: float, said: str)
     assert line.startswith(
         f"the input of transformer_blocks.1.attn1.to_out.0 {said} at call 0; leave the layer in float"
     )
+    x = torch.ones(1, 1, 4, 8, requires_grad=True)  # modelopt replaces functions of torch while a layer runs
+    torch.nn.functional.scaled_dot_product_attention(x, x, x).sum().backward()
+    trained = checkpoint(torch.nn.Linear(8, 8), x, use_reentrant=False)
+    trained.sum().backward()
+    assert x.grad is not None and trained.grad_fn is not None
+    assert torch.is_grad_enabled() and torch.nn.functional.linear is linear
 
 
 def test_a_weight_that_is_nan_is_named() -> None:

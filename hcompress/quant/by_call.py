@@ -13,6 +13,7 @@ from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
 from modelopt.torch.quantization.calib.calibrator import _Calibrator
 from torch import Tensor
 
+from hcompress.errors import ModelError
 from hcompress.quant.calibration import unfit
 
 
@@ -21,9 +22,15 @@ class Now:
     """The call under way; one object for all calibrators of a network."""
 
     call = 0
+    unfit: ModelError | None = None
 
     def set(self, call: int) -> None:
-        """The loop is at `call`."""
+        """The loop is at `call`. Raises what is wrong with an input of the one before.
+
+        Not from within a layer: there modelopt has replaced functions of torch, and would leave them so.
+        """
+        if self.unfit is not None:
+            raise self.unfit
         self.call = call
 
 
@@ -41,9 +48,10 @@ class ByCall(_Calibrator):  # type: ignore[misc]  # modelopt is not typed
         self.before: dict[int, Any] = {}
 
     def collect(self, x: Tensor) -> None:
-        """Hand `x` to the calibrator of this call. Raises ModelError where it has no range, which modelopt asserts."""
+        """Hand `x` to the calibrator of this call; where it has no range, which modelopt asserts, note that instead."""
         if not x.isfinite().all():
-            raise unfit(self.name, self.now.call, "holds NaN or infinity")
+            self.now.unfit = self.now.unfit or unfit(self.name, self.now.call, "holds NaN or infinity")
+            return
         if self.now.call not in self.each:
             kind = MaxCalibrator if self.percentile is None else HistogramCalibrator
             self.each[self.now.call] = kind(self._num_bits, self._axis, self._unsigned)
