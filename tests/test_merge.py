@@ -99,6 +99,12 @@ def test_it_is_never_better_than_the_best_and_equals_it_when_one_merge_is_needed
         assert macs == best
 
 
+def test_a_call_that_comes_once_is_united_with_what_it_is_part_of_not_what_comes_twice() -> None:
+    made = tuple(Branch(f"{n}.b", 1, (2, 3), params=1) for n in range(2))
+    merged, macs = merge(BranchGraph(made, 5, 1), np.array([[1, 1], [1, 0], [0, 0], [0, 0]], bool), 2)
+    assert macs == 1 and (merged == [[1, 1], [1, 1], [0, 0], [0, 0]]).all()
+
+
 def test_calls_count_as_often_as_they_come() -> None:
     """Uniting two rare masks of dear branches is cheaper than uniting two frequent ones of cheap branches."""
     made = tuple(Branch(f"{n}.b", macs, (2, 3), params=1) for n, macs in enumerate((10, 10, 13, 13)))

@@ -44,7 +44,7 @@ def _union_costs(masks: NDArray[np.bool_], calls: NDArray[np.int64], macs: NDArr
     """
     common = (masks * macs) @ masks.T.astype(np.int64)  # [K, K]
     own = common.diagonal()
-    extra = own - common  # [i, j]: what i adds to each call of j
+    extra = own[:, None] - common  # [i, j]: what i adds to each call of j
     costs = calls * extra + (calls * extra).T
     costs[np.tril_indices(len(masks))] = np.iinfo(np.int64).max
     return costs
