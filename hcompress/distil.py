@@ -2,9 +2,10 @@
 
     distil     QALoRA and step sizes; with a schedule, the student runs under it        RUN/distil.pt
     relearn    that schedule anew on the quantized model, to the same CUR               RUN/relearn.pt
-    refresh    the first stage goes on, shortly, under the schedule that was learned    RUN/refresh.pt
+    refresh    the first stage goes on, shortly, under the better of the two schedules  RUN/refresh.pt
 
-A quantized network bears less reuse, and not at the same places: what is reused carries the rounding of two calls. And
+A quantized network may bear less reuse, and not at the same places: what is reused carries the rounding of two calls.
+At 8 bits it hardly does (recipes/LOG.md), so what was learned is held against what was given, on held-out noise. And
 what is reused shifts the inputs of what is computed after it, so step sizes belong to a schedule
 (`hcompress.schedule.Schedule.fingerprint`).
 
@@ -38,6 +39,7 @@ from hcompress.setting import Setting
 from hcompress.train import problem_of
 
 REFINE_TRAJECTORIES = 120  # of a schedule that starts from the float model's
+JUDGES = 32  # held-out samples that decide whether it is kept
 Report = Callable[[str, int, Any], None]
 """(stage, how many trajectories it will have, the figures of the one that is done)"""
 
@@ -99,9 +101,13 @@ def distil(
     logits = first_logits(given, caching) if settings.relearn == "refine" else None
     target = teacher if settings.teacher == "fp" else None
     running = replace(setting, model=replace(setting.model, adapter=first))
-    training = Training(replace(problem_of(running, seed), teacher=target, first=logits), caching)
+    problem = replace(problem_of(running, seed), teacher=target, first=logits)
+    training = Training(problem, caching)
     _finish(resumed(run, "relearn", training, training.run()), "relearn", caching.trajectories, report)
-    compute = training.router.hard()
+    found = {"given": (given.compute, given.logits), "learned": (training.router.hard(), training.router.logits())}
+    scores = {name: problem.score_db(mask, count=JUDGES) for name, (mask, _) in found.items()}
+    better = max(scores, key=lambda name: scores[name])
+    compute, kept_logits = found[better]
 
     shorter = settings.model_copy(update={"updates": settings.refresh, "lr_lora": settings.lr_lora / 2})
     refresh = Distillation(teacher, start(), replace(walk, compute=compute), shorter)
@@ -115,9 +121,11 @@ def distil(
         "final_beta": training.router.beta,
         "seed": seed,
         "mac_ratio": adapter.graph.mac_ratio(compute),
+        "kept": better,
+        "score_db": scores,
     }
     identity = adapter.identity(str(run.path), setting.identity.solver, setting.cfg)
-    schedule = Schedule(compute, adapter.graph.names, identity, method, training.router.logits())
+    schedule = Schedule(compute, adapter.graph.names, identity, method, kept_logits)
     return Distilled(adapter, schedule, active_inputs(selection, compute), first)
 
 

@@ -357,6 +357,8 @@ def test_with_cache_leaves_a_schedule_that_fits_the_quantized_model(together, sc
         "cached quantized, its own schedule",
     ]
     assert printed["rows"]["dense quantized"]["megabytes"] < printed["rows"]["dense float"]["megabytes"]
+    assert learned.method["score_db"][learned.method["kept"]] == max(learned.method["score_db"].values())
+    assert (learned.compute == wanted.compute).all() == (learned.method["kept"] == "given")
 
 
 @pytest.mark.parametrize(("stage", "how"), [("distil", signal.SIGINT), ("relearn", signal.SIGKILL)])

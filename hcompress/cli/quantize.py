@@ -193,6 +193,10 @@ def _distil(
         return
     if samples and made.schedule:
         _print_with_cache(figures["rows"], title)
+        if made.schedule.method.get("kept") == "given":
+            scores = made.schedule.method["score_db"]
+            better = f"{scores['given']:.1f} dB on held-out noise against {scores['learned']:.1f} learned anew"
+            console.print(f"the float model's schedule is kept: {better}", highlight=False)
     elif samples:
         _print_table(figures, title)
     print(out)
