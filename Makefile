@@ -21,11 +21,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/python -m hcompress.demo
 
+# A process for each core, each with one thread; a file's tests stay together, for what they share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff format --check $(PATHS)

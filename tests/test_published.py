@@ -364,7 +364,8 @@ def test_eval_judges_pictures_as_a_user_types_it(hcompress: Any, weights: Path, 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: m\ncaching: {{beta: 1}}\nmetrics: {{reference: {real}}}\n")
     code, stdout, _ = hcompress("eval", made, "--recipe", recipe, "--inception", weights)
-    assert code == 0 and "5 pictures, 1 left out" in stdout and "sfid" in stdout
+    assert code == 0 and "sfid" in stdout
+    assert "5 pictures, 1 left out" in " ".join(stdout.replace("│", " ").split())  # a long path wraps the title
     for wrong, said in {
         (): "is no MODEL, so it should hold pictures",
         ("--schedule", "s.safetensors", "--prompts", tmp_path / "prompts.txt"): "and have no schedule",
