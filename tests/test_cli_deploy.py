@@ -100,6 +100,10 @@ MISTAKES = {
     "labels that are no numbers": (["generate", "{bundle}", "--labels", "shoe"], "--labels 'shoe' should be numbers"),
     "a class that is not there": (["generate", "{bundle}", "--labels", "9"], "label 9 is outside 0..4"),
     "neither bundle nor model": (["generate", "{bundle}/graphs", "--labels", "0"], "is no diffusers folder"),
+    "other steps of a bundle": (
+        ["generate", "{bundle}", "--labels", "0", "--steps", "10", "--cfg", "2"],
+        "frozen with its own --steps, --cfg",
+    ),
     "no such run": (["export", "{bundle}/no-run"], "no-run"),
     "a folder of something else": (["export", "{run}"], "exists and is no bundle"),
     "two different bundles": (["bench", "{bundle}", "--against", "{tiny}"], "differ in config_hash"),

@@ -53,6 +53,7 @@ def generate(
     given = _given(labels, prompts)
     with Console(stderr=True).status(f"loading {source}") as status:
         if _is_bundle(Path(source)):
+            _refuse({"--schedule": schedule, "--solver": solver, "--steps": steps, "--cfg": cfg})
             backend, run = "onnxruntime", _from_bundle(source, seed, batch, threads, device)
         else:
             backend, run = "torch", _from_model(source, seed, batch, threads, device, schedule, solver, steps, cfg)
@@ -88,6 +89,12 @@ def _numbers(labels: str) -> list[int]:
 def _is_bundle(path: Path) -> bool:
     """Whether the user means a bundle, be it whole or not."""
     return (path / "manifest.json").exists() or (path / "graphs").is_dir()
+
+
+def _refuse(options: dict[str, object]) -> None:
+    """Raise InputError for options of a MODEL that are given for a bundle."""
+    if told := [name for name, value in options.items() if value is not None]:
+        raise InputError(f"a bundle is frozen with its own {', '.join(told)}; leave that out, or export it again")
 
 
 def _from_bundle(bundle: str, seed: int, batch: int, threads: int | None, device: str) -> Generate:
