@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hcompress.pipeline import apply_schedule, remove_schedule
+    from hcompress.solver import make_scheduler
 
 __version__ = "0.1.0"
-__all__ = ["apply_schedule", "remove_schedule"]
+__all__ = ["apply_schedule", "make_scheduler", "remove_schedule"]
 
 
 def __getattr__(name: str) -> Any:
     """Load what `__all__` promises when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hcompress import pipeline
+    from hcompress import pipeline, solver
 
-    return getattr(pipeline, name)
+    return getattr(solver if name == "make_scheduler" else pipeline, name)

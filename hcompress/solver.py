@@ -215,7 +215,7 @@ def _respaced(scheduler_class: Any) -> Any:
     """
     import torch
 
-    def set_timesteps(self: Scheduler, steps: int) -> None:
+    def set_timesteps(self: Scheduler, steps: int, device: Any = None) -> None:
         if steps > self.config.num_train_timesteps:
             raise ValueError(f"the model was trained on {self.config.num_train_timesteps} timesteps")
         kept = np.round(np.linspace(0, self.config.num_train_timesteps - 1, steps)).astype(np.int64)
@@ -226,7 +226,7 @@ def _respaced(scheduler_class: Any) -> Any:
         self.few = scheduler_class.from_config({key: wanted[key] for key in _accepted(scheduler_class) & wanted.keys()})
         self.few.set_timesteps(steps)
         self.level_of = {int(timestep): level for level, timestep in enumerate(kept)}
-        self.timesteps = torch.from_numpy(kept[::-1].copy())
+        self.num_inference_steps, self.timesteps = steps, torch.from_numpy(kept[::-1].copy()).to(device)
 
     def step(self: Scheduler, output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
         return self.few.step(output, self.level_of[int(timestep)], sample, **options)

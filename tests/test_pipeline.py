@@ -104,6 +104,14 @@ def test_pictures_are_those_of_the_reference_sampler(pipe, tmp_path, cfg):
     assert (cached - dense).abs().max() > 1e-3
 
 
+def test_a_respaced_scheduler_takes_its_place_in_a_pipeline(pipe):
+    plain = pictures(pipe)
+    pipe.scheduler = hcompress.make_scheduler("ddim-respaced", pipe.scheduler.config)
+    assert (pictures(pipe) - plain).abs().max() > 1e-3
+    hcompress.apply_schedule(pipe, schedule_for(pipe, mask()))
+    assert (pictures(pipe) - reference(pipe, mask())).abs().max() <= 1e-5  # as for DDIM, above
+
+
 def test_corrected_pictures_are_those_of_the_reference_sampler(pipe):
     compute = mask()
     vectors = drawn(compute, DiT(network()).graph.widths)
