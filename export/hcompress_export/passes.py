@@ -14,6 +14,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 
 from hcompress_export.correct import correct
 from hcompress_export.narrow import narrow
+from hcompress_export.qdq import unshare
 from hcompress_runtime.plan import Pattern, before
 
 
@@ -32,6 +33,7 @@ def step_graph(traced: ir.Model, pattern: Pattern) -> ir.Model:
     reuse(model, pattern)
     remove_unused(model)
     narrow(model)
+    unshare(model)
     remove_unused(model)
     return model
 

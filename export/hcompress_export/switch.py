@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from hcompress_export.correct import correct
 from hcompress_export.passes import remove_unused
+from hcompress_export.qdq import unshare
 from hcompress_runtime.plan import Plan, before
 
 COMPUTE = "compute"
@@ -29,6 +30,7 @@ def switch_graph(traced: ir.Model, plan: Plan) -> ir.Model:
     """
     branches, corrects = plan.branches, {name for step in plan.steps for name in step.corrects}
     model = traced.clone()
+    unshare(model)
     graph = model.graph
     mask = ir.Value(name=COMPUTE, shape=ir.Shape([len(branches)]), type=ir.TensorType(ir.DataType.BOOL))
     outputs = {str(value.name): value for value in graph.outputs}
