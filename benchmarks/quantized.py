@@ -1,7 +1,7 @@
 """Few bits, alone and together with reuse: the quality table of quantization.
 
-    python benchmarks/quantized.py                  # 3 seeds, 1 000 samples, T = 20: three hours on one thread
-    python benchmarks/quantized.py --samples 200 --seeds 0
+    python benchmarks/quantized.py                  # zoo:fashion-dit, 3 seeds, 400 samples: two hours on one thread
+    python benchmarks/quantized.py --recipe fashion-uvit_dpmsolver20_harmonica --seeds 0
 
 Every row is one file under --work, written when it is finished, and training is resumed: an interrupted run goes on
 where it stopped. Seeds are the outer loop, and the tables are written anew after each, so an unfinished run has whole
@@ -10,8 +10,9 @@ the float model's uncached samples from the same noise.
 
 ptq        int8-max at W8A8, W4A8 and W4A4, ptq4dit, fp8, by the settings that ship
 distilled  efficientdm by the shipped recipe, and its settings at other formats
-cached     HarmoniCa by the shipped recipe at CUR 40 %; the quantized model that was distilled uncached under that
-           router's schedule; and `--with-cache`: distilled under it, and under the schedule learned on the result
+cached     HarmoniCa by --recipe, which says model, solver and guidance of all rows too; the quantized model that was
+           distilled uncached under that router's schedule; and `--with-cache`: distilled under it, and under the
+           schedule that it ended with
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hcompress.quantize import Quantized
+    from hcompress.recipe import Recipe
+    from hcompress.report.comparison import Column
     from hcompress.schedule import Schedule
     from hcompress.setting import Setting
 
-MODEL, CFG, STEPS, SEEDS = "zoo:fashion-dit", 1.5, 20, (0, 1, 2)
+RECIPE, SEEDS = "fashion-dit_ddim20_harmonica", (0, 1, 2)
 PTQ = {  # row: (method, format)
     "int8-max w8a8": ("int8-max", "w8a8"),
     "ptq4dit w8a8": ("ptq4dit", "w8a8"),
@@ -42,30 +46,29 @@ PTQ = {  # row: (method, format)
     "int8-max w4a4": ("int8-max", "w4a4"),
 }
 DISTILLED, TOGETHER = ("w8a8", "w4a8", "w4a4"), ("w8a8", "w4a8")
-SHOWN = {"cur": "CUR (%)", "megabytes": "MB", "psnr_db": "PSNR (dB)", "ssim": "SSIM", "fd64": "FD-64"}
-SHOWN |= {"accuracy": "accuracy", "precision": "precision", "recall": "recall"}
+UNSHOWN = ("mac_ratio", "relative_l2", "latency_ms", "speedup")
 
 
-def quantize_as(work: Path, seed: int, name: str, **quant: Any) -> Quantized:
-    """The result of `hcompress quantize` with these settings, resumed or reopened."""
+def quantize_as(work: Path, like: Recipe, seed: int, name: str, **quant: Any) -> Quantized:
+    """The result of `hcompress quantize` with these settings on the model of `like`, resumed or reopened."""
     from hcompress.quantize import quantize
     from hcompress.recipe import find, resolve_quant
 
     learned = "w8a8" if quant["format"] == "w8a8" else "w4a8"
-    recipe = find(f"fashion-dit_ddim{STEPS}_efficientdm-{learned}") if quant["method"] == "efficientdm" else None
-    flags = {"model": MODEL, "solver.name": "ddim", "solver.steps": STEPS, "cfg": CFG, "seed": seed}
-    flags |= {f"quant.{key}": value for key, value in quant.items()}
+    recipe = find(f"fashion-dit_ddim20_efficientdm-{learned}") if quant["method"] == "efficientdm" else None
+    flags = {"model": like.model, "solver.name": like.solver.name, "solver.steps": like.solver.steps, "cfg": like.cfg}
+    flags |= {"seed": seed} | {f"quant.{key}": value for key, value in quant.items()}
     return quantize(resolve_quant(recipe, flags), work / f"{name}-{seed}".replace(" ", "-"), resume=True)
 
 
 class Rows:
     """The rows of one seed, each measured once."""
 
-    def __init__(self, work: Path, samples: int, seed: int) -> None:
+    def __init__(self, work: Path, like: Recipe, samples: int, seed: int) -> None:
         from hcompress.setting import open_setting
 
         self.work, self.samples, self.seed = work, samples, seed
-        self.dense: Setting = open_setting(MODEL, "ddim", STEPS, CFG)
+        self.dense: Setting = open_setting(like.model, like.solver.name, like.solver.steps, like.cfg)
         self.images = work / f"{samples}-float-{seed}.npy"
         self.measure("float", lambda: (self.dense, None))
 
@@ -89,7 +92,7 @@ class Rows:
             figures |= paired(setting, drawn, self.reference())
         figures["seconds"] = time.monotonic() - begun
         file.write_text(json.dumps(figures, indent=1))
-        shown = "  ".join(f"{key} {figures[key]:.3f}" for key in SHOWN if key in figures)
+        shown = "  ".join(f"{key} {figures[key]:.3f}" for key in columns() if key in figures)
         print(f"seed {self.seed}  {name:44} {shown}", flush=True)
 
     def reference(self) -> Tensor:
@@ -99,26 +102,26 @@ class Rows:
         return torch.from_numpy(np.load(self.images))
 
 
-def run_seed(work: Path, routers: Path, samples: int, seed: int) -> None:
+def run_seed(work: Path, routers: Path, recipe: Path, samples: int, seed: int) -> None:
     """All rows of one seed."""
-    from hcompress.recipe import find, resolve
+    from hcompress.recipe import resolve
     from hcompress.schedule import Schedule
     from hcompress.train import train
 
-    rows = Rows(work, samples, seed)
+    like = resolve(recipe, {"seed": seed})
+    rows, made_as = Rows(work, like, samples, seed), partial(quantize_as, work, like, seed)
     for name, (method, format) in PTQ.items():
-        rows.measure(name, lambda n=name, m=method, f=format: (
-            quantize_as(work, seed, n, method=m, format=f).quantized, None))  # fmt: skip
-    run = routers / f"router-{STEPS}-{seed}"
+        rows.measure(name, lambda n=name, m=method, f=format: (made_as(n, method=m, format=f).quantized, None))
+    run = routers / f"router-{like.solver.steps}-{seed}"
     file = run / "schedule.safetensors"
     if not file.exists():
-        train(resolve(find(f"fashion-dit_ddim{STEPS}_harmonica"), {"seed": seed}), run, resume=True)
+        train(like, run, resume=True)
     given: Schedule = Schedule.load(file)
     rows.measure("cached float", lambda: (rows.dense, given.compute))
     for format in DISTILLED:
 
         def uncached(format: str = format) -> Setting:
-            return quantize_as(work, seed, f"efficientdm {format}", method="efficientdm", format=format).quantized
+            return made_as(f"efficientdm {format}", method="efficientdm", format=format).quantized
 
         rows.measure(f"efficientdm {format}", lambda made=uncached: (made(), None))
         if format not in TOGETHER:
@@ -126,9 +129,7 @@ def run_seed(work: Path, routers: Path, samples: int, seed: int) -> None:
         rows.measure(f"efficientdm {format}, float's schedule", lambda made=uncached: (made(), given.compute))
 
         def together(format: str = format) -> Quantized:
-            return quantize_as(
-                work, seed, f"with-cache {format}", method="efficientdm", format=format, with_cache=str(file)
-            )
+            return made_as(f"with-cache {format}", method="efficientdm", format=format, with_cache=str(file))
 
         def under_given(made: Callable[[], Quantized] = together) -> tuple[Setting, np.ndarray]:
             first = made().first
@@ -170,43 +171,63 @@ def summarise(work: Path, samples: int, seeds: list[int]) -> dict[str, dict[str,
     return summary
 
 
-def table(summary: dict[str, dict[str, Any]], samples: int) -> str:
+def columns() -> dict[str, Column]:
+    """The figures that a table may have, as every comparison writes them."""
+    from hcompress.report.comparison import COLUMNS
+
+    return {key: column for key, column in COLUMNS.items() if key not in UNSHOWN}
+
+
+def table(summary: dict[str, dict[str, Any]], like: Recipe, samples: int) -> str:
     """Markdown."""
-    lines = [f"| T = {STEPS}, {samples} samples a seed | seeds | " + " | ".join(SHOWN.values()) + " |"]
-    lines.append("|---" * (2 + len(SHOWN)) + "|")
+    shown = {key: one for key, one in columns().items() if any(key in figures for figures in summary.values())}
+    title = f"{like.model}, {like.solver.name}, {like.solver.steps} steps, {samples} samples a seed"
+    lines = [f"| {title} | seeds | " + " | ".join(column.head for column in shown.values()) + " |"]
+    lines.append("|---" * (2 + len(shown)) + "|")
     for name, figures in summary.items():
         cells = []
-        for key in SHOWN:
-            scale, digits = (100, 1) if key == "cur" else (1, 2 if key in ("psnr_db", "megabytes") else 3)
+        for key, column in shown.items():
             value = figures.get(key)
-            cells.append(f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}" if value else "")
+            numbers = [f"{column.scale * value[part]:.{column.digits}f}" for part in ("mean", "std")] if value else []
+            cells.append(" ± ".join(numbers))
         lines.append(f"| {name} | {figures['seeds']} | " + " | ".join(cells) + " |")
     floor = summary["float"]
-    floors = ", ".join(f"{n} {floor[n + '_floor']['mean']:.3f}" for n in ("fd64", "precision", "recall"))
+    floors = ", ".join(
+        f"{one.title} {floor[n + '_floor']['mean']:.3f}" for n, one in shown.items() if n + "_floor" in floor
+    )
     said = "± is the sample standard deviation (n - 1) over seeds."
     return "\n".join([*lines, "", f"{said} Real against real at the same number of samples: {floors}.", ""])
 
 
 def main() -> None:
-    """Quantize, sample, summarise, write benchmarks/results/quantized.{json,md} after each seed."""
+    """Quantize, sample, summarise, write benchmarks/results/quantized_MODEL.{json,md} after each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--recipe", default=RECIPE, help="of HarmoniCa; its model, solver and guidance are taken")
+    parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--work", type=Path, default=Path("runs/quantized"))
-    parser.add_argument("--routers", type=Path, default=Path("runs/quality"), help="of HarmoniCa, trained where absent")
+    parser.add_argument("--work", type=Path, default=None, help="default: runs/quantized-MODEL")
+    parser.add_argument(
+        "--routers", type=Path, default=None, help="of HarmoniCa, trained where absent; default: --work"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    from hcompress.recipe import find, resolve
     from hcompress.rundir import environment
 
-    args.work.mkdir(parents=True, exist_ok=True)
+    recipe = find(args.recipe)
+    like = resolve(recipe)
+    name = like.model.removeprefix("zoo:")
+    work = args.work or Path("runs") / f"quantized-{name}"
+    work.mkdir(parents=True, exist_ok=True)
     args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        run_seed(args.work, args.routers, args.samples, seed)
-        summary = summarise(args.work, args.samples, args.seeds)
-        result = {"date": str(date.today()), "samples": args.samples, "environment": environment(), "rows": summary}
-        (args.results / "quantized.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.results / "quantized.md").write_text(table(summary, args.samples))
-        print(table(summary, args.samples), flush=True)
+        run_seed(work, args.routers or work, recipe, args.samples, seed)
+        summary = summarise(work, args.samples, args.seeds)
+        result = {"date": str(date.today()), "recipe": args.recipe, "samples": args.samples}
+        result |= {"environment": environment(), "rows": summary}
+        (args.results / f"quantized_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.results / f"quantized_{name}.md").write_text(table(summary, like, args.samples))
+        print(table(summary, like, args.samples), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     distil     QALoRA and step sizes; with a schedule, the student runs under it        RUN/distil.pt
     relearn    that schedule anew on the quantized model, to the same CUR               RUN/relearn.pt
-    refresh    the first stage goes on, shortly, under the better of the two schedules  RUN/refresh.pt
+    refresh    step sizes alone, shortly, under the better of the two schedules         RUN/refresh.pt
 
 A quantized network may bear less reuse, and not at the same places: what is reused carries the rounding of two calls.
 At 8 bits it hardly does (recipes/LOG.md), so what was learned is held against what was given, on held-out noise. And
 what is reused shifts the inputs of what is computed after it, so step sizes belong to a schedule
-(`hcompress.schedule.Schedule.fingerprint`).
+(`hcompress.schedule.Schedule.fingerprint`). Weights do not: to train them on, too, cost 1 dB in W4A8.
 
 Legend: T calls, N branches, K inputs that are rounded.
 """
@@ -81,13 +81,9 @@ def distil(
     if given is not None:
         walk = replace(walk, compute=given.compute)
     amax = amax_under(setting, selection, walk)
-
-    def start() -> QuantizedAdapter:
-        student = student_of(teacher, selection, amax, walk, settings)
-        student.plan["solver"] = setting.identity.solver
-        return student
-
-    stage = Distillation(teacher, start(), walk, settings)
+    student = student_of(teacher, selection, amax, walk, settings)
+    student.plan["solver"] = setting.identity.solver
+    stage = Distillation(teacher, student, walk, settings)
     _finish(resumed(run, "distil", stage, stage.run()), "distil", stage.trajectories, report)
     first = stage.finish()
     if given is None:
@@ -109,9 +105,9 @@ def distil(
     better = max(scores, key=lambda name: scores[name])
     compute, kept_logits = found[better]
 
-    shorter = settings.model_copy(update={"updates": settings.refresh, "lr_lora": settings.lr_lora / 2})
-    refresh = Distillation(teacher, start(), replace(walk, compute=compute), shorter)
-    refresh.adopt(stage)
+    own = QuantizedAdapter(first.original, first.log_scales.detach().clone(), first.timesteps, first.scales, first.plan)
+    shorter = settings.model_copy(update={"updates": settings.refresh})
+    refresh = Distillation(teacher, own, replace(walk, compute=compute), shorter)
     _finish(resumed(run, "refresh", refresh, refresh.run()), "refresh", refresh.trajectories, report)
     adapter = refresh.finish()
     method = caching.model_dump(exclude_none=True) | {

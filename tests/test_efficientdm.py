@@ -222,16 +222,6 @@ def test_a_restored_run_goes_on_bit_for_bit(teacher, table, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_what_is_adopted_starts_where_the_other_ended(teacher, table):
-    one, other = distillation_of(teacher, table), distillation_of(teacher, table, lr_lora=1e-3)
-    drain(one)
-    other.adopt(one)
-    batch = draw(teacher, one.walk, 99, 2)
-    with torch.no_grad():
-        ours, theirs = (d.denoise(d.student, 1, batch.start, batch, compute_all) for d in (other, one))
-    assert torch.equal(ours, theirs) and other.trajectory == 0
-
-
 def test_training_only_step_sizes_leaves_the_folded_weights(teacher, table):
     distillation = distillation_of(teacher, table)
     drain(distillation)

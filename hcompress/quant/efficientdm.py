@@ -186,13 +186,6 @@ class Distillation:
         error = functional.mse_loss(own, dense).item()
         return 10 * math.log10(dense.square().mean().item() / max(error, TINY))
 
-    @torch.no_grad()
-    def adopt(self, other: Distillation) -> None:
-        """Start from what `other`, of the same layers, has learned."""
-        ours, theirs = ([*one.rows, *(p for layer in one.layers for p in layer.parameters())] for one in (self, other))
-        for parameter, learned in zip(ours, theirs, strict=True):
-            parameter.copy_(learned)
-
     def settle(self) -> None:
         """Hand the learned rows to the student."""
         with torch.no_grad():

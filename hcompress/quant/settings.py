@@ -100,7 +100,9 @@ class EfficientDMSettings(QuantSettings):
 
     method: Literal["efficientdm"] = "efficientdm"
     updates: int = Field(2000, ge=1, description="optimiser steps, one a model call; rounded to whole trajectories")
-    refresh: int = Field(200, ge=1, description="with_cache: updates under the schedule that was learned")
+    refresh: int = Field(
+        200, ge=1, description="with_cache: updates of the inputs' step sizes under the schedule that is kept"
+    )
     batch: int = Field(4, ge=1, description="noises a trajectory, of calibration too; guidance doubles the rows")
     rank: int = Field(32, ge=1, description="of the low-rank update B A")
     w0: Literal["fp", "int"] = Field("fp", description="what B A is added to: the float weight, or the rounded one")
