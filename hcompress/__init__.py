@@ -16,6 +16,10 @@ def __getattr__(name: str) -> Any:
     """Load what `__all__` promises when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hcompress import pipeline, solver
+    if name == "make_scheduler":
+        from hcompress.solver import make_scheduler
 
-    return getattr(solver if name == "make_scheduler" else pipeline, name)
+        return make_scheduler
+    from hcompress import pipeline
+
+    return getattr(pipeline, name)

@@ -151,7 +151,8 @@ def decide(
         compute = schedule.compute
     rows = batch * (1 if setting.cfg == 1.0 else 2)
     itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
-    few_bits = network_bytes(setting.adapter, itemsize) if layers_of(setting.adapter.network) else None
+    formats = layers_of(setting.adapter.network)
+    few_bits = network_bytes(setting.adapter, itemsize) if formats else None
     every = estimate(
         graph,
         compute,
@@ -166,7 +167,8 @@ def decide(
         every = [one for one in every if one.layout != "switch"]  # its If would cut TensorRT's fusions
     estimates = {one.layout: one for one in every}
     if layout == "auto":
-        chosen, why = choose(every, backend=backend, memory_budget=memory_budget)
+        integers = any(one["weight"] == one["activation"] == "int8" for one in formats)
+        chosen, why = choose(every, backend=backend, memory_budget=memory_budget, integers=integers)
         return Decision(schedule, given_up, estimates, chosen, why)
     if layout not in estimates:
         raise InputError(f"there is no layout {layout!r}; choose from: auto, {', '.join(estimates)}")

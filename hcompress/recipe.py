@@ -43,7 +43,7 @@ class SolverSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("ddim", description="scheduler, such as ddim, dpm++ or unipc")
-    steps: int = Field(20, description="denoising steps T; one step has nothing to reuse")
+    steps: int = Field(20, ge=1, description="denoising steps T; one step has nothing to reuse")
 
 
 class MetricsSettings(BaseModel):

@@ -180,6 +180,18 @@ def test_the_choice_and_its_reason(backend: str, weight_bytes: int, layout: str)
     assert reason.startswith(f"{layout}: ") and reason.endswith(".") and ". " not in reason and "\n" not in reason
 
 
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("weight_bytes", [SMALL, LARGE])
+def test_integers_change_the_choice_only_where_inputs_are_packed_at_each_call(backend: str, weight_bytes: int) -> None:
+    graph, mask = pair(weight_bytes)
+    estimates = estimate(graph, mask, rows=1, itemsize=2, backend=backend)
+    floats, _ = choose(estimates, backend=backend, memory_budget=None)
+    chosen, reason = choose(estimates, backend=backend, memory_budget=None, integers=True)
+    packed = backend == "ort-cpu" and floats.layout == "per-mask"
+    assert chosen.layout == ("switch" if packed else floats.layout)
+    assert reason.startswith(f"{chosen.layout}: ") and reason.endswith(".") and ". " not in reason
+
+
 def test_one_graph_is_embedded_on_a_cpu_however_large() -> None:
     graph, mask = pair(LARGE)
     estimates = estimate(graph, np.ones_like(mask), rows=1, itemsize=2, backend="ort-cpu")

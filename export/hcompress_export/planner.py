@@ -130,15 +130,19 @@ def estimate(
     ]
 
 
-def choose(estimates: Sequence[Estimate], *, backend: str, memory_budget: int | None) -> tuple[Estimate, str]:
+def choose(
+    estimates: Sequence[Estimate], *, backend: str, memory_budget: int | None, integers: bool = False
+) -> tuple[Estimate, str]:
     """The layout to take on `backend` within `memory_budget` bytes, and one sentence that says why.
+
+    integers: whether products are of int8 on both sides
 
     That is the layout which runs fastest there; where it is over the budget, the smallest other that is not.
     Raises InputError where nothing fits, naming the least that would be needed.
     """
     engines = _builds_engines(backend)
     by_layout = {estimate.layout: estimate for estimate in estimates}
-    name, reason = _fastest(by_layout, backend, engines)
+    name, reason = _fastest(by_layout, backend, engines, integers)
     if memory_budget is None or by_layout[name].device_bytes <= memory_budget:
         return by_layout[name], f"{name}: {reason}."
     smallest = min(estimates, key=lambda estimate: estimate.device_bytes)
@@ -154,7 +158,7 @@ def choose(estimates: Sequence[Estimate], *, backend: str, memory_budget: int | 
     )
 
 
-def _fastest(estimates: Mapping[str, Estimate], backend: str, engines: bool) -> tuple[str, str]:
+def _fastest(estimates: Mapping[str, Estimate], backend: str, engines: bool, integers: bool) -> tuple[str, str]:
     """The layout that runs fastest without filling memory, and why."""
     copies, once = estimates["embedded"].weight_bytes, estimates["per-mask"].weight_bytes
     count = estimates["embedded"].num_graphs
@@ -164,6 +168,13 @@ def _fastest(estimates: Mapping[str, Estimate], backend: str, engines: bool) -> 
         return "embedded", "one graph runs every call, so its weights are held once and packed"
     if backend == "ort-cpu" and copies <= PREPACK_LIMIT_BYTES:
         return "embedded", f"all {count} graphs together hold only {_size(copies)} of weights, packed for each"
+    if (
+        backend == "ort-cpu" and integers
+    ):  # 645 against 969 ms at one sample, 2261 against 2699 at four (recipes/LOG.md)
+        return (
+            "switch",
+            f"one graph's {_size(once)} of int8 weights are packed once; as inputs they would be at each call",
+        )
     if backend == "ort-cpu":
         # Within 5 % as fast as `switch` and as packed copies, at 1.09 to 1.16 times the memory of one graph; `switch`
         # takes 1.26 to 1.40 (benchmarks/results/layouts.md: 131 M parameters, 512 rows). Packing pays where products

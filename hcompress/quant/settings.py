@@ -129,9 +129,7 @@ class EfficientDMSettings(QuantSettings):
         return {}
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.with_cache is None and (self.relearn, self.teacher) != ("refine", "quantized"):
-            raise RecipeError("quant.relearn and quant.teacher are about a schedule; pass one: --with-cache SCHEDULE")
+    def _learns_the_format(self) -> Self:
         if self.resolved_format not in LEARNED:
             raise RecipeError(f"quant.format = {self.format!r} is none of efficientdm's: {', '.join(LEARNED)}")
         return self
