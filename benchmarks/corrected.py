@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shared import quality_lines
 
 if TYPE_CHECKING:
     from hcompress.recipe import Recipe
 
 RULES, INTERVALS = ("plain", "taylor", "corrected"), (2, 3, 4)
 SAVED = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # of fewer steps, dense steps over theirs
-SHOWN = {"cur": "CUR (%)", "mac_ratio": "MACs /", "psnr_db": "PSNR (dB)", "ssim": "SSIM", "fd64": "FD-64"}
+UNSHOWN = ("relative_l2", "class_score")
 CLASSES = 10  # columns of a picture
 PICTURED = {"CUR 50 %": "interval-{}-2", "CUR 65 %": "interval-{}-3", "CUR 75 %": "interval-{}-4"}
 
@@ -102,7 +103,7 @@ def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: in
     figures |= distribution(setting, drawn)
     np.save(images, drawn.numpy())
     file.write_text(json.dumps(figures, indent=1))
-    shown = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
+    shown = "  ".join(f"{name} {figures[name]:.3f}" for name in ("cur", "mac_ratio", "psnr_db") if name in figures)
     print(f"{model} T = {steps}  {kind}-{seed:<3} {shown}", flush=True)
 
 
@@ -115,21 +116,6 @@ def summarise(folder: Path, samples: int, kinds: Iterable[str], seeds: Iterable[
         found = [json.loads((folder / f"{samples}-{kind}-{seed}.json").read_text()) for seed in seeds]
         rows[kind] = spread(found)
     return rows
-
-
-def table(model: str, steps: int, rows: dict[str, dict[str, Any]], *, several: bool) -> list[str]:
-    """Markdown; with spreads where there are several seeds."""
-    shown = {key: title for key, title in SHOWN.items() if any(key in row for row in rows.values())}
-    lines = [f"| {model}, T = {steps} | " + " | ".join(shown.values()) + " |", "|---" * (1 + len(shown)) + "|"]
-    for kind, figures in rows.items():
-        cells = []
-        for key in shown:
-            scale, digits = (100, 1) if key == "cur" else (1, 2 if key in ("psnr_db", "mac_ratio") else 3)
-            value = figures.get(key)
-            spread = f" ± {scale * value['std']:.{digits}f}" if value and several else ""
-            cells.append(f"{scale * value['mean']:.{digits}f}{spread}" if value else "")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
 
 
 def save_pareto(path: Path, model: str, found: dict[int, dict[str, dict[str, Any]]]) -> None:
@@ -238,7 +224,7 @@ def main() -> None:
         for steps in args.steps:
             folder = folder_of(args.work, model, steps)
             found[steps] = summarise(folder, args.samples, drawn[model, steps], args.seeds)
-            lines += table(model, steps, found[steps], several=len(args.seeds) > 1)
+            lines += [*quality_lines(f"{model}, T = {steps}", found[steps], UNSHOWN), ""]
             picture = args.results / f"corrected-{name}-{steps}-samples.png"
             save_pictures(picture, folder, args.samples, args.seeds[0])
         result["models"][model] = found

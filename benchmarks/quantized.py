@@ -27,13 +27,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shared import quality_lines
+
+from hcompress.report.comparison import COLUMNS, FLOOR, REAL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hcompress.quantize import Quantized
     from hcompress.recipe import Recipe
-    from hcompress.report.comparison import Column
     from hcompress.schedule import Schedule
     from hcompress.setting import Setting
 
@@ -92,7 +94,7 @@ class Rows:
             figures |= paired(setting, drawn, self.reference())
         figures["seconds"] = time.monotonic() - begun
         file.write_text(json.dumps(figures, indent=1))
-        shown = "  ".join(f"{key} {figures[key]:.3f}" for key in columns() if key in figures)
+        shown = "  ".join(f"{key} {figures[key]:.3f}" for key in COLUMNS if key in figures)
         print(f"seed {self.seed}  {name:44} {shown}", flush=True)
 
     def reference(self) -> Tensor:
@@ -171,32 +173,16 @@ def summarise(work: Path, samples: int, seeds: list[int]) -> dict[str, dict[str,
     return summary
 
 
-def columns() -> dict[str, Column]:
-    """The figures that a table may have, as every comparison writes them."""
-    from hcompress.report.comparison import COLUMNS
-
-    return {key: column for key, column in COLUMNS.items() if key not in UNSHOWN}
-
-
-def table(summary: dict[str, dict[str, Any]], like: Recipe, samples: int) -> str:
+def table(summary: dict[str, dict[str, Any]], like: Recipe, samples: int, seeds: int) -> str:
     """Markdown."""
-    shown = {key: one for key, one in columns().items() if any(key in figures for figures in summary.values())}
     title = f"{like.model}, {like.solver.name}, {like.solver.steps} steps, {samples} samples a seed"
-    lines = [f"| {title} | seeds | " + " | ".join(column.head for column in shown.values()) + " |"]
-    lines.append("|---" * (2 + len(shown)) + "|")
-    for name, figures in summary.items():
-        cells = []
-        for key, column in shown.items():
-            value = figures.get(key)
-            numbers = [f"{column.scale * value[part]:.{column.digits}f}" for part in ("mean", "std")] if value else []
-            cells.append(" ± ".join(numbers))
-        lines.append(f"| {name} | {figures['seeds']} | " + " | ".join(cells) + " |")
-    floor = summary["float"]
-    floors = ", ".join(
-        f"{one.title} {floor[n + '_floor']['mean']:.3f}" for n, one in shown.items() if n + "_floor" in floor
-    )
+    rows = {
+        name if row["seeds"] == seeds else f"{name} ({row['seeds']} of {seeds} seeds)": row
+        for name, row in summary.items()
+    }
+    floors = {key.removesuffix(FLOOR): figure for key, figure in summary["float"].items() if key.endswith(FLOOR)}
     said = "± is the sample standard deviation (n - 1) over seeds."
-    return "\n".join([*lines, "", f"{said} Real against real at the same number of samples: {floors}.", ""])
+    return "\n".join([*quality_lines(title, rows | {REAL: floors}, UNSHOWN), "", said, ""])
 
 
 def main() -> None:
@@ -226,8 +212,8 @@ def main() -> None:
         result = {"date": str(date.today()), "recipe": args.recipe, "samples": args.samples}
         result |= {"environment": environment(), "rows": summary}
         (args.results / f"quantized_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.results / f"quantized_{name}.md").write_text(table(summary, like, args.samples))
-        print(table(summary, like, args.samples), flush=True)
+        (args.results / f"quantized_{name}.md").write_text(table(summary, like, args.samples, len(args.seeds)))
+        print(table(summary, like, args.samples, len(args.seeds)), flush=True)
 
 
 if __name__ == "__main__":

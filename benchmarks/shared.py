@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from hcompress.report.comparison import COLUMNS, written
 from hcompress.rundir import environment
 from hcompress_runtime import Runtime
 from hcompress_runtime.measure import interleaved
@@ -43,3 +44,16 @@ def keep(folder: Path, name: str, result: Mapping[str, Any], markdown: str | Non
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     if markdown is not None:
         (folder / f"{name}.md").write_text(markdown)
+
+
+def quality_lines(title: str, rows: Mapping[str, Mapping[str, Any]], unshown: Collection[str] = ()) -> list[str]:
+    """Markdown of rows of figures, each a mean and spread; columns are those of every comparison that some row has."""
+    present = {key for row in rows.values() for key in row} - {*unshown}
+    columns = {key: column for key, column in COLUMNS.items() if key in present}
+    lines = [f"| {title} | " + " | ".join(column.head for column in columns.values()) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | " + " | ".join(written(row.get(key), column) for key, column in columns.items()) + " |"
+        )
+    return lines
