@@ -7,6 +7,7 @@ Every row is one file under --work, so an interrupted run goes on where it stopp
 and is scored on the noise of seed 100 + s, which no fit sees. A setting is that of the model's shipped 20-step recipe.
 
 learned-RULE    HarmoniCa, its router trained under plain reuse or under corrected reuse, at each of --curs
+after-RULE      the plain router's schedule, run under Taylor's rule or with corrections fitted to it afterwards
 interval-RULE   every n-th call computes everything, n = 2, 3, 4: FORA, TaylorSeer of order 1, corrected
 fewer           uncached, with fewer steps
 """
@@ -36,16 +37,20 @@ CLASSES = 10  # columns of a picture
 PICTURED = {"CUR 50 %": "interval-{}-2", "CUR 65 %": "interval-{}-3", "CUR 75 %": "interval-{}-4"}
 
 
-def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe of one row: the model's shipped one, with the row's steps, rule and goal."""
+def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] = (), folder: Path = Path()) -> Recipe:
+    """The recipe of one row: the model's shipped one, with the row's steps, rule and goal; `folder` has the others."""
     from hcompress.recipe import find, resolve, shipped
 
     name = model.partition(":")[2]
     base = next(recipe for recipe in shipped() if recipe.startswith(name) and recipe.endswith("20_harmonica"))
     flags: dict[str, Any] = {"solver.steps": steps, "seed": seed}
     method, rule, goal = kind.split("-")
-    if method == "interval":
-        flags |= {"caching.method": "interval", "caching.every": int(goal)}
+    if method in ("interval", "after"):
+        if method == "interval":
+            flags |= {"caching.method": "interval", "caching.every": int(goal)}
+        else:
+            learned_in = folder / f"learned-plain-{goal}-{seed}" / "schedule.safetensors"
+            flags |= {"caching.method": "given", "caching.schedule": str(learned_in)}
         learned = resolve(find(base))
         flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg, "caching.reuse": rule}
         return resolve(None, flags, sets)
@@ -67,9 +72,10 @@ def make(work: Path, sets: Sequence[str], model: str, steps: int, kind: str, see
     """The schedule of one row, resuming where an earlier call stopped."""
     from hcompress.train import train
 
-    out = folder_of(work, model, steps) / f"{kind}-{seed}"
+    folder = folder_of(work, model, steps)
+    out = folder / f"{kind}-{seed}"
     if not (out / "schedule.safetensors").exists():
-        train(recipe_of(model, steps, kind, seed, sets), out, resume=out.exists())
+        train(recipe_of(model, steps, kind, seed, sets, folder), out, resume=out.exists())
 
 
 def sample(work: Path, samples: int, model: str, steps: int, kind: str, seed: int) -> None:
@@ -189,18 +195,20 @@ def main() -> None:
     args = parser.parse_args()
     made = [f"interval-{rule}-{every}" for rule in RULES for every in INTERVALS]
     made += [f"learned-{rule}-{cur}" for rule in ("plain", "corrected") for cur in args.curs]
+    made += [f"after-{rule}-{cur}" for rule in ("taylor", "corrected") for cur in args.curs]
     made = [kind for kind in made if wanted(kind, args.rows)]
     each = [(model, steps) for model in args.models for steps in args.steps]
     fewer = {steps: dict.fromkeys(f"fewer-{round(steps / saved)}" for saved in SAVED) for steps in args.steps}
     drawn = {at: ["dense", *made, *(kind for kind in fewer[at[1]] if wanted(kind, args.rows))] for at in each}
-    stages: list[list[Callable[[], None]]] = [[], []]
+    stages: list[list[Callable[[], None]]] = [[], [], []]
     for model, steps in each:
         folder_of(args.work, model, steps).mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
             stages[0] += [partial(sample, args.work, args.samples, model, steps, "dense", seed)]
-            stages[0] += [partial(make, args.work, args.sets, model, steps, kind, seed) for kind in made]
+            for kind in made:
+                stages[kind.startswith("after")] += [partial(make, args.work, args.sets, model, steps, kind, seed)]
             rest = drawn[model, steps][1:]
-            stages[1] += [partial(sample, args.work, args.samples, model, steps, kind, seed) for kind in rest]
+            stages[2] += [partial(sample, args.work, args.samples, model, steps, kind, seed) for kind in rest]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for stage in stages:
             for _ in pool.imap_unordered(_call, stage):

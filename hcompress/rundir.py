@@ -37,7 +37,8 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
 )
-REMAINS = {"env.json", ".env.json.part", ".recipe.yaml.part"}  # of a start that was killed before recipe.yaml
+PARTS = {".env.json.part", ".recipe.yaml.part"}
+REMAINS = PARTS | {"env.json"}  # of a start that was killed before recipe.yaml
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,18 @@ class RunDir:
 def open_run(path: Path, recipe: Run, *, resume: bool = False) -> RunDir:
     """A new run in `path`, which must be absent or empty, or with `resume` the run that is there.
 
-    `resume` where there is nothing to resume starts the run, so one command serves a job that may be killed at any
-    moment. Raises RunError where `path` holds something else, or a run of another recipe.
+    A run that did nothing yet counts as empty: its command failed, and the mended one should not meet it. `resume`
+    where there is nothing to resume starts the run, so one command serves a job that may be killed at any moment.
+    Raises RunError where `path` holds something else, or a run of another recipe.
     """
     run = RunDir(Path(path))
     try:
-        foreign = sorted(set(os.listdir(run.path)) - REMAINS) if run.path.exists() else []
+        there = set(os.listdir(run.path)) if run.path.exists() else set()
     except OSError as error:
         raise RunError(f"cannot use {run.path} as a run folder: {error.strerror}") from error
+    foreign = sorted(there - REMAINS)
+    if {"env.json", "recipe.yaml"} == there - PARTS and not resume:
+        foreign = []
     if foreign and not resume:
         raise RunError(f"{run.path} is not empty; pass --resume or another --out")
     if foreign and not run.recipe.exists():

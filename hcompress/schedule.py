@@ -105,6 +105,12 @@ class Schedule:
         return float(1.0 - self.compute.mean())
 
     @property
+    def flags(self) -> dict[str, Any]:
+        """Steps and guidance that it is for, as flags of a recipe."""
+        scale = self.identity.cfg
+        return {"solver.steps": int(self.identity.solver["steps"]), "cfg": 1.0 if scale is None else scale}
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of which branches are computed when, and of corrections: equal for two schedules that run alike."""
         digest = hashlib.sha256(self.compute.tobytes())
@@ -136,7 +142,7 @@ class Schedule:
         if rule == "corrected":
             raise ScheduleError(
                 f"this schedule holds no fitted corrections, its rule is {self.reuse}; learn it with "
-                "`hcompress train --reuse corrected`"
+                "`hcompress train --reuse corrected`, or fit them to this one with --schedule FILE --reuse corrected"
             )
         raise ScheduleError(f"there is no rule of reuse {rule!r}; choose from: {', '.join(get_args(Reuse))}")
 

@@ -132,6 +132,7 @@ def problem_of(
         images=lambda folder: open_images(setting, seed, folder, on_notice),
         ranks=ranks or OneProcess(),
         notice=on_notice,
+        identity=setting.identity,
     )
 
 

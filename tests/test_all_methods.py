@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CFG, LONG_SKIPS, make_method, make_problem, make_table
+from conftest import CFG, LONG_SKIPS, make_method, make_problem, make_table, random_mask
 from PIL import Image
 
 from hcompress.caching import CACHING
 from hcompress.caching.rules import FAR
+from hcompress.errors import ScheduleError
 from hcompress.recipe import resolve
 from hcompress.report.forecast import forecast
 from hcompress.sampling import sample
@@ -24,6 +28,8 @@ CALLS = 6
 ENTRIES = CALLS * 2 * len(LONG_SKIPS)
 QUICK = {"batch": 2, "lr": 0.2}
 
+GIVEN = Path(tempfile.mkdtemp(prefix="given-"))
+
 # As each is usually asked for, and told to reuse nothing.
 USUAL = {
     "harmonica": QUICK | {"target_cur": 0.4, "trajectories": 3, "refresh": 3 * CALLS},
@@ -34,6 +40,7 @@ USUAL = {
     "uniform": {"target_cur": 0.4},
     "deepcache": {"every": 2, "pairs": 1},
     "faster-diffusion": {"every": 2},
+    "given": {"schedule": str(GIVEN / "usual.safetensors")},
 }
 NOTHING = {
     "harmonica": USUAL["harmonica"] | {"target_cur": None, "beta": 1e-30},
@@ -44,8 +51,21 @@ NOTHING = {
     "uniform": {"target_cur": 1e-9},
     "deepcache": {"every": 1, "pairs": 1},
     "faster-diffusion": {"every": 1},
+    "given": {"schedule": str(GIVEN / "nothing.safetensors")},
 }
 TRAINS = ["harmonica", "learning-to-cache"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def given_schedules(skipping_dit):
+    identity = skipping_dit.identity("tiny", make_table(calls=CALLS)[1], CFG)
+    for name, mask in (
+        ("usual", random_mask(CALLS, len(skipping_dit.graph))),
+        ("nothing", np.ones((CALLS, len(skipping_dit.graph)), bool)),
+    ):
+        Schedule(mask, skipping_dit.graph.names, identity).save(GIVEN / f"{name}.safetensors")
+    yield
+    shutil.rmtree(GIVEN)
 
 
 def finish(method):
@@ -132,7 +152,7 @@ def test_learning_to_cache_steers_to_a_cur(skipping_dit):
     assert abs(1 - compute.mean() - 0.3) <= 2.5 / ENTRIES
 
 
-@pytest.mark.parametrize("name", [name for name in CACHING if name not in ("deepcache", "faster-diffusion")])
+@pytest.mark.parametrize("name", [name for name in CACHING if name not in ("deepcache", "faster-diffusion", "given")])
 def test_train_leaves_a_run_folder_that_all_else_can_open_and_forecasts_it(name, tiny_run, tmp_path):
     settings = {f"caching.{key}": value for key, value in USUAL[name].items() if key != "refresh"}
     if name == "learning-to-cache":
@@ -164,3 +184,16 @@ def test_train_leaves_a_run_folder_that_all_else_can_open_and_forecasts_it(name,
         "schedule.safetensors",
         "heatmap.png",
     }
+
+
+def test_a_given_mask_keeps_its_entries_under_another_rule(tiny_run, tmp_path):
+    theirs = tiny_run / "schedule.safetensors"
+    given = Schedule.load(theirs)
+    flags = {"model": str(tiny_run.parent / "model"), "caching.method": "given", "caching.schedule": str(theirs)}
+    flags |= given.flags | {"caching.reuse": "corrected", "caching.fit_samples": 8, "caching.fit_steps": 0}
+    made = train(resolve(None, flags), tmp_path / "run")
+    assert made.reuse == "corrected" and (made.compute == given.compute).all()
+    assert made.method["given"] == given.method and made.method["name"] == "given"
+    with pytest.raises(ScheduleError, match="use the same solver and --steps"):
+        train(resolve(None, flags | {"solver.steps": given.num_calls + 1}), tmp_path / "other")
+    assert train(resolve(None, flags), tmp_path / "other").fingerprint == made.fingerprint  # nothing was in its way

@@ -26,7 +26,11 @@ from hcompress.recipe_errors import keys, methods, section_of
 
 MODEL = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
 GOALS = ("caching.beta", *TARGETS)  # of HarmoniCa, which is what a recipe is for unless it says another method
-GOAL_OF = {"deepcache": {}, "faster-diffusion": {"caching.every": 2}}  # the others are given a target
+GOAL_OF = {  # the others are given a target
+    "deepcache": {},
+    "faster-diffusion": {"caching.every": 2},
+    "given": {"caching.schedule": "schedule.safetensors"},
+}
 SETTINGS = {
     method: [key for key in keys(Recipe, method) if key not in ("solver", "caching", "caching.method", "metrics")]
     for method in methods(Recipe)

@@ -30,10 +30,19 @@ def test_a_new_run_records_its_recipe_and_its_machine(tmp_path):
 
 
 def test_a_folder_in_use_is_refused_unless_resumed(tmp_path):
-    open_run(tmp_path, RECIPE)
+    open_run(tmp_path, RECIPE).metrics.write_text("")
     with pytest.raises(RunError, match="is not empty; pass --resume or another --out"):
         open_run(tmp_path, RECIPE)
     assert open_run(tmp_path, RECIPE, resume=True).path == tmp_path
+
+
+def test_a_run_that_failed_before_it_did_anything_is_in_nobodys_way(tmp_path):
+    open_run(tmp_path, RECIPE)
+    other = RECIPE.model_copy(update={"seed": 7})
+    assert resolve(open_run(tmp_path, other).recipe) == other
+    (tmp_path / "env.json").unlink()
+    with pytest.raises(RunError, match="is not empty"):  # a recipe alone is somebody's own
+        open_run(tmp_path, RECIPE)
 
 
 @pytest.mark.parametrize("resume", [False, True])

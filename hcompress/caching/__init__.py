@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,6 +70,15 @@ def _faster_diffusion(problem: Problem, settings: Any) -> Method:
     return _found(faster_diffusion(graph, calls, every=settings.every, keys=settings.keys))
 
 
+def _given(problem: Problem, settings: Any) -> Method:
+    from hcompress.caching.problem import Found, Untrained
+    from hcompress.schedule import Schedule
+
+    schedule = Schedule.load(Path(settings.schedule))
+    schedule.check_fits(problem.adapter.graph, problem.identity or schedule.identity)
+    return Untrained(lambda: Found(schedule.compute, {"given": schedule.method}, schedule.logits))
+
+
 def _found(mask: NDArray[np.bool_]) -> Method:
     from hcompress.caching.problem import Found, Untrained
 
@@ -84,4 +94,5 @@ CACHING: dict[str, Callable[[Problem, Any], Method]] = {
     "uniform": _uniform,
     "deepcache": _deepcache,
     "faster-diffusion": _faster_diffusion,
+    "given": _given,
 }

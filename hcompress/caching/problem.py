@@ -24,6 +24,7 @@ from hcompress.adapter import Adapter, Condition
 from hcompress.corrections import Corrections
 from hcompress.process import Process
 from hcompress.sampling import sample, solver_noises, start_noise
+from hcompress.schedule import Identity
 from hcompress_runtime.table import SolverTable
 
 TINY = 1e-20  # least mean squared error by which anything is divided
@@ -77,11 +78,12 @@ class Images(Protocol):
 class Problem:
     """One model under one solver at one guidance scale, for which a schedule is wanted.
 
-    process: how the model's training noised images, at each call
-    images:  opens a folder of them, or the model's own data for None. Raises DataError
-    notice:  is told what a person should know
-    teacher: whose uncached output a router learns to match; None: that of `adapter`
-    first:   float32[T, N], logits that a router starts from; None: as its settings say
+    process:  how the model's training noised images, at each call
+    images:   opens a folder of them, or the model's own data for None. Raises DataError
+    notice:   is told what a person should know
+    teacher:  whose uncached output a router learns to match; None: that of `adapter`
+    first:    float32[T, N], logits that a router starts from; None: as its settings say
+    identity: what a schedule of it belongs to; None where that plays no part
     """
 
     adapter: Adapter
@@ -94,6 +96,7 @@ class Problem:
     teacher: Adapter | None = None
     first: NDArray[np.float32] | None = None
     notice: Callable[[str], None] = lambda line: None
+    identity: Identity | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -179,6 +179,13 @@ class FasterDiffusionSettings(MethodSettings):
         return self
 
 
+class GivenSettings(MethodSettings):
+    """The mask of a schedule that there is already, to be run, and corrected, under another rule of reuse."""
+
+    method: Literal["given"] = "given"
+    schedule: str = Field(description="file of the schedule; it has to fit model, solver and steps")
+
+
 CachingSettings = Annotated[
     HarmoniCaSettings
     | LearningToCacheSettings
@@ -187,6 +194,7 @@ CachingSettings = Annotated[
     | ChanceSettings
     | UniformSettings
     | DeepCacheSettings
-    | FasterDiffusionSettings,
+    | FasterDiffusionSettings
+    | GivenSettings,
     Field(discriminator="method"),
 ]

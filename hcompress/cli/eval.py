@@ -143,8 +143,7 @@ def _samples(
     samples, loaded = asked.get("samples", 500), Schedule.load(schedule) if schedule else None
     own = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
     if loaded:
-        scale = loaded.identity.cfg
-        own |= {"solver.steps": int(loaded.identity.solver["steps"]), "cfg": 1.0 if scale is None else scale}
+        own |= loaded.flags
     solver, steps = asked.get("solver", own["solver.name"]), asked.get("steps", own["solver.steps"])
     setting = open_setting(model, solver, steps, asked.get("cfg", own["cfg"]), device=device)
     if loaded:

@@ -25,6 +25,9 @@ def train(
     reuse: Annotated[
         str | None, typer.Option(help="plain, taylor or corrected: what a reused branch yields.", show_default="plain")
     ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Find none: take this one's mask, and fit --reuse corrected to it.")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Fixed beta, the paper's protocol.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder, for learning-to-cache.", show_default="zoo data")] = None,
     seed: Annotated[int | None, typer.Option(help="Of router, noises and labels.")] = None,
@@ -41,6 +44,7 @@ def train(
     """
     from hcompress.recipe import find, resolve
     from hcompress.rundir import own_flags
+    from hcompress.schedule import Schedule
 
     flags: dict[str, Any] = {
         "model": model,
@@ -50,12 +54,16 @@ def train(
         "seed": seed,
         "caching.method": method,
         "caching.reuse": reuse,
+        "caching.schedule": schedule,
         "caching.images": images,
         "caching.beta": beta,
         "caching.target_cur": target_cur,
         "caching.target_speedup": target_speedup,
     }
     own = {} if recipe else own_flags(model)
+    if schedule:
+        flags["caching.method"] = method or "given"
+        own |= Schedule.load(Path(schedule)).flags
     flags |= {key: value for key, value in own.items() if flags[key] is None}
     resolved = resolve(find(recipe) if recipe else None, flags, sets or [])
     if dry_run:
@@ -76,7 +84,7 @@ def train(
     display = TrainingDisplay(unit, speaks=speaks)
     try:
         with display:
-            schedule = run(
+            made = run(
                 resolved,
                 out,
                 resume=resume,
@@ -90,11 +98,11 @@ def train(
         raise typer.Exit(130) from None
     if not speaks:
         return
-    found = schedule.method
+    found = made.method
     result: dict[str, Any] = {
         "schedule": str(out / "schedule.safetensors"),
         "method": found["name"],
-        "cur": schedule.cur,
+        "cur": made.cur,
         "mac_ratio": found["mac_ratio"],
         **{
             name: found[name]
@@ -104,5 +112,5 @@ def train(
     }
     if display.last:
         result |= {"beta": found["final_beta"], "unpolarised": display.last.unpolarised, "score_db": display.score_db}
-    print(json.dumps(result) if as_json else f"{result['schedule']}  CUR {100 * schedule.cur:.1f} %, "
+    print(json.dumps(result) if as_json else f"{result['schedule']}  CUR {100 * made.cur:.1f} %, "
           f"MACs / {found['mac_ratio']:.2f}")  # fmt: skip
