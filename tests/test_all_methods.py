@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from hcompress.caching import CACHING
 from hcompress.caching.rules import FAR
+from hcompress.cli.main import main
 from hcompress.errors import ScheduleError
 from hcompress.recipe import resolve
 from hcompress.report.forecast import forecast
@@ -197,3 +199,14 @@ def test_a_given_mask_keeps_its_entries_under_another_rule(tiny_run, tmp_path):
     with pytest.raises(ScheduleError, match="use the same solver and --steps"):
         train(resolve(None, flags | {"solver.steps": given.num_calls + 1}), tmp_path / "other")
     assert train(resolve(None, flags), tmp_path / "other").fingerprint == made.fingerprint  # nothing was in its way
+
+
+def test_the_command_takes_steps_and_guidance_from_a_given_schedule(tiny_run, tmp_path, monkeypatch, capsys):
+    given = Schedule.load(tiny_run / "schedule.safetensors")
+    arguments = ["train", str(tiny_run.parent / "model"), "--schedule", str(tiny_run / "schedule.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["hcompress", *arguments, "--out", str(tmp_path / "run"), "--dry-run", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    planned = json.loads(capsys.readouterr().out)
+    assert not stopped.value.code and (planned["method"], planned["cur"]) == ("given", given.cur)
+    assert planned["solver"].endswith(f"{given.num_calls} calls")
