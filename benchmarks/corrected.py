@@ -18,14 +18,13 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from shared import quality_lines
+from shared import described, keep, quality_lines
 
 if TYPE_CHECKING:
     from hcompress.recipe import Recipe
@@ -34,7 +33,7 @@ RULES, INTERVALS = ("plain", "taylor", "corrected"), (2, 3, 4)
 SAVED = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # of fewer steps, dense steps over theirs
 UNSHOWN = ("relative_l2", "class_score")
 CLASSES = 10  # columns of a picture
-PICTURED = {"CUR 50 %": "interval-{}-2", "CUR 65 %": "interval-{}-3", "CUR 75 %": "interval-{}-4"}
+PICTURED = ("after-{}-40", "interval-{}-2", "interval-{}-3", "interval-{}-4")
 
 
 def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] = (), folder: Path = Path()) -> Recipe:
@@ -124,34 +123,31 @@ def summarise(folder: Path, samples: int, kinds: Iterable[str], seeds: Iterable[
     return rows
 
 
-def save_pareto(path: Path, model: str, found: dict[int, dict[str, dict[str, Any]]]) -> None:
-    """PSNR against the share of MACs that is left, a panel for each T, a line for each rule."""
+def save_pareto(path: Path, title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """PSNR against the share of MACs that is left, a line for each rule."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(found), figsize=(4.6 * len(found), 3.8), squeeze=False, layout="constrained"
-    )
-    for axes, (steps, rows) in zip(panels[0], found.items(), strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for kind, row in rows.items():
-            if "psnr_db" in row:
-                point = (100 / row["mac_ratio"]["mean"], row["psnr_db"]["mean"])
-                lines.setdefault(kind.rpartition("-")[0], []).append(point)
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=name)
-        axes.set_title(f"{model}, T = {steps}", fontsize=10)
-        axes.set_xlabel("MACs (% of uncached)")
-        axes.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("PSNR against uncached (dB)")
-    panels[0, 0].legend(fontsize=7)
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.9), layout="constrained")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for kind, row in rows.items():
+        if "psnr_db" in row:
+            point = (100 / row["mac_ratio"]["mean"], row["psnr_db"]["mean"])
+            lines.setdefault(kind.rpartition("-")[0], []).append(point)
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=name)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("MACs (% of uncached)")
+    axes.set_ylabel("PSNR against uncached (dB)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def save_pictures(path: Path, folder: Path, samples: int, seed: int) -> None:
+def save_pictures(path: Path, folder: Path, rows: dict[str, dict[str, Any]], samples: int, seed: int) -> None:
     """Samples from equal noise: the dense model's, then each rule's at each CUR, ten a row."""
     import matplotlib
 
@@ -159,9 +155,12 @@ def save_pictures(path: Path, folder: Path, samples: int, seed: int) -> None:
     from matplotlib import pyplot
 
     named = {"dense": "dense"}
-    named |= {f"{cur}, {rule}": kind.format(rule) for cur, kind in PICTURED.items() for rule in RULES}
-    figure, rows = pyplot.subplots(len(named), 1, figsize=(9, 0.95 * len(named)), layout="constrained")
-    for axes, (title, kind) in zip(rows, named.items(), strict=True):
+    for kind in [row.format(rule) for row in PICTURED for rule in RULES]:
+        kind = kind.replace("after-plain", "learned-plain")
+        if kind in rows:
+            named[f"CUR {100 * rows[kind]['cur']['mean']:.0f} %, {kind.split('-')[1]}"] = kind
+    figure, strips = pyplot.subplots(len(named), 1, figsize=(9, 0.95 * len(named)), layout="constrained")
+    for axes, (title, kind) in zip(strips, named.items(), strict=True):
         drawn = np.load(folder / f"{samples}-{kind}-{seed}.npy")[:CLASSES]
         strip = np.concatenate(list(np.clip(drawn.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)), axis=1)
         axes.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -180,7 +179,7 @@ def _call(task: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    """Train and fit, sample, summarise, write benchmarks/results/corrected*.{json,md,png}."""
+    """Train and fit, sample, summarise, write benchmarks/results/corrected_MODEL-T.{json,md,png}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 10, 50])
@@ -213,33 +212,18 @@ def main() -> None:
         for stage in stages:
             for _ in pool.imap_unordered(_call, stage):
                 pass
-    from hcompress.rundir import environment
-
-    result: dict[str, Any] = {
-        "date": str(date.today()),
-        "samples": args.samples,
-        "seeds": args.seeds,
-        "sets": args.sets,
-    }
-    result |= {"environment": environment(), "models": {}}
     asked = ", ".join(["the recipe's settings", *args.sets])
-    lines = [f"{args.samples} samples a row, seeds {', '.join(map(str, args.seeds))}; {asked}.", ""]
-    lines += ["± is the sample standard deviation (n - 1) over seeds.", ""] if len(args.seeds) > 1 else []
-    args.results.mkdir(parents=True, exist_ok=True)
-    for model in args.models:
-        found = {}
-        name = model.partition(":")[2]
-        for steps in args.steps:
-            folder = folder_of(args.work, model, steps)
-            found[steps] = summarise(folder, args.samples, drawn[model, steps], args.seeds)
-            lines += [*quality_lines(f"{model}, T = {steps}", found[steps], UNSHOWN), ""]
-            picture = args.results / f"corrected-{name}-{steps}-samples.png"
-            save_pictures(picture, folder, args.samples, args.seeds[0])
-        result["models"][model] = found
-        save_pareto(args.results / f"corrected-{name}.png", model, found)
-    (args.results / "corrected.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "corrected.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    several = ["± is the sample standard deviation (n - 1) over seeds.", ""] if len(args.seeds) > 1 else []
+    for model, steps in each:
+        folder, name = folder_of(args.work, model, steps), f"corrected_{model.partition(':')[2]}-{steps}"
+        title = f"{model}, T = {steps}"
+        rows = summarise(folder, args.samples, drawn[model, steps], args.seeds)
+        lines = [f"{args.samples} samples a row, seeds {', '.join(map(str, args.seeds))}; {asked}.", "", *several]
+        lines += quality_lines(title, rows, UNSHOWN)
+        keep(args.results, name, described(args, {"rows": rows}), "\n".join([*lines, ""]))
+        save_pareto(args.results / f"{name}.png", title, rows)
+        save_pictures(args.results / f"{name}-samples.png", folder, rows, args.samples, args.seeds[0])
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from shared import quality_lines
+from shared import described, keep, quality_lines
 
 from hcompress.report.comparison import COLUMNS, FLOOR, REAL
 
@@ -198,22 +197,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     from hcompress.recipe import find, resolve
-    from hcompress.rundir import environment
 
     recipe = find(args.recipe)
     like = resolve(recipe)
     name = like.model.removeprefix("zoo:")
     work = args.work or Path("runs") / f"quantized-{name}"
     work.mkdir(parents=True, exist_ok=True)
-    args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         run_seed(work, args.routers or work, recipe, args.samples, seed)
         summary = summarise(work, args.samples, args.seeds)
-        result = {"date": str(date.today()), "recipe": args.recipe, "samples": args.samples}
-        result |= {"environment": environment(), "rows": summary}
-        (args.results / f"quantized_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.results / f"quantized_{name}.md").write_text(table(summary, like, args.samples, len(args.seeds)))
-        print(table(summary, like, args.samples, len(args.seeds)), flush=True)
+        lines = table(summary, like, args.samples, len(args.seeds))
+        keep(args.results, f"quantized_{name}", described(args, {"rows": summary}), lines)
+        print(lines, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import date
@@ -17,7 +18,8 @@ from hcompress.rundir import environment
 from hcompress_runtime import Runtime
 from hcompress_runtime.measure import interleaved
 
-PLACES = ("work", "results")  # settings that are folders of this machine
+PLACES = ("work", "results", "routers")  # settings that are folders of this machine
+PLACE_FLAGS = {f"--{place}" for place in PLACES}
 
 
 def generation_ms(
@@ -35,7 +37,11 @@ def generation_ms(
 def described(args: argparse.Namespace, figures: Mapping[str, Any]) -> dict[str, Any]:
     """`figures` with the date, the machine and what was asked for."""
     settings = {key: value for key, value in vars(args).items() if key not in PLACES}
-    return {"date": str(date.today()), "environment": environment(), "settings": settings, **figures}
+    command = [
+        part for before, part in zip(["", *sys.argv], sys.argv, strict=False) if not {before, part} & PLACE_FLAGS
+    ]
+    made_on = environment() | {"command": command}
+    return {"date": str(date.today()), "environment": made_on, "settings": settings, **figures}
 
 
 def keep(folder: Path, name: str, result: Mapping[str, Any], markdown: str | None = None) -> None:
