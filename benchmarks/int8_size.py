@@ -2,7 +2,8 @@
 
     python benchmarks/int8_size.py                  # random:DiT-XL-2-256; some minutes, 12 GB of memory
 
-Sizes are of all files that a bundle lists. Embedders and the last layers stay float32, everything else is W8A8.
+Sizes are of all files that a bundle lists. By default: branches in W8A8, adaLN with 8-bit
+weights, embedders and the last layers in float32.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/int8_speed.py                 # random:DiT-B-2-256, 10 steps, CUR 40 %; about ten minutes
 
-One run, contenders in turns, medians: float32 and W8A8 (adaLN in W8A8 too, embedders and last layers in float32), each
-dense and under one random mask, all `switch` or dense, so one session each with weights packed once.
+One run, contenders in turns, medians: float32 and W8A8 (what `hcompress quantize` makes of it by default: adaLN with
+8-bit weights and float32 inputs, embedders and last layers in float32), each dense and under one random mask, all
+`switch` or dense, so one session each with weights packed once.
 
 composed   speed-up of the cached W8A8 bundle over that of W8A8 alone times that of the cache alone
 products   what the profile of the W8A8 bundle says was run; time by operator is of its first call
@@ -35,9 +36,9 @@ CFG = 1.5
 
 
 def quantized(setting: Setting, format: str = "w8a8", *, ranges: float | None = None) -> Setting:
-    """`setting` with its branches and adaLN in `format`, by the ranges of one sample; `ranges`, if given, for all."""
+    """`setting` in `format`, by the ranges of one sample; `ranges`, if given, for all."""
     adapter = setting.adapter
-    selection = select(adapter, format, modulation=format)
+    selection = select(adapter, format)
     if ranges is None:
         amax = observe(adapter, selection, Walk(setting.table, setting.cfg, samples=1, batch=1)).amax
     else:
