@@ -96,7 +96,7 @@ def main() -> None:
             found = bundles(args.work, args.model, args.steps, args.cur)
             figures = compare(found, args.rounds, args.batch, args.threads)
             quantized_bundle = found["W8A8, dense"]
-            ran = executed(quantized_bundle, threads=args.threads)[quantized_bundle.graphs[0]]
+            ran = executed(quantized_bundle, threads=args.threads)
             spent_ms = {
                 name: milliseconds(found[name], threads=args.threads) for name in ("float32, dense", "W8A8, dense")
             }

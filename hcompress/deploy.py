@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from hcompress.corrections import taylor
 from hcompress.errors import InputError, ScheduleError
 from hcompress.lowbit.artefact import FILE, network_bytes, read_origin
 from hcompress.models.decoder import load_decoder
-from hcompress.rundir import RunDir, own_flags
+from hcompress.recipe import resolve_any
+from hcompress.rundir import RunDir, flags_of, own_flags
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_finished, open_setting, open_with
 from hcompress_export.bundle import export_bundle
@@ -33,38 +35,48 @@ def open_source(
     schedule: str | None,
     *,
     dense: bool,
-    solver: str,
-    steps: int,
-    cfg: float,
+    solver: str | None = None,
+    steps: int | None = None,
+    cfg: float | None = None,
     reuse: str | None = None,
 ) -> tuple[Setting, Schedule | None]:
     """The setting of a finished run folder, or of a MODEL under `schedule`; a schedule too, unless `dense`.
 
     reuse: the rule that the schedule is to run under, where that takes no fit; None leaves it its own
 
+    solver, steps, cfg: of a MODEL, None for ddim, 20 and 1.5
+
     A folder of `hcompress quantize` is a MODEL with solver, steps and guidance of its own, and perhaps a schedule; it
     is exported dense where it has none.
 
-    Raises RunError, ModelError, SolverError, ScheduleError; InputError for a MODEL without a schedule.
+    Raises RunError, ModelError, SolverError, ScheduleError; InputError for a MODEL without a schedule, and for what
+    differs from a folder's own.
     """
-    setting, found = _open(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg)
+    asked = {"solver.name": solver, "solver.steps": steps, "cfg": cfg}
+    setting, found = _open(source, schedule, dense, {key: value for key, value in asked.items() if value is not None})
     if found is None and reuse not in (None, "plain"):
         raise InputError(f"nothing is reused without a schedule; leave out --reuse {reuse}, or --dense")
     return setting, found and found.reusing(reuse, setting.adapter.graph)
 
 
-def _open(
-    source: str, schedule: str | None, *, dense: bool, solver: str, steps: int, cfg: float
-) -> tuple[Setting, Schedule | None]:
+def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, Any]) -> tuple[Setting, Schedule | None]:
     """As it was learned."""
+    run, flags = RunDir(Path(source)), {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5, **asked}
     if own := own_flags(source):
-        solver, steps, cfg = own["solver.name"], own["solver.steps"], own["cfg"]
-        theirs = RunDir(Path(source)).schedule
-        schedule = schedule or (str(theirs) if theirs.exists() else None)
+        flags = own
+        _refuse_others(source, own, asked)
+        schedule = schedule or (str(run.schedule) if run.schedule.exists() else None)
         dense = dense or schedule is None
-    elif (Path(source) / "recipe.yaml").exists():
+    elif run.recipe.exists():
+        recipe = resolve_any(run.recipe)
+        _refuse_others(source, flags_of(recipe), asked)
+        if schedule is not None:
+            raise InputError(
+                f"{source} is a run with a schedule of its own; leave out --schedule, or export {recipe.model} with it"
+            )
         setting, learned = open_finished(Path(source))
         return setting, None if dense else learned
+    solver, steps, cfg = (flags[key] for key in ("solver.name", "solver.steps", "cfg"))
     if dense:
         return open_setting(source, solver, steps, cfg), None
     if schedule is None:
@@ -72,6 +84,16 @@ def _open(
             f"{source} is no run folder; a MODEL needs --schedule, a file or a rule such as random:0.375, or --dense"
         )
     return open_with(source, schedule, solver, steps, cfg)
+
+
+def _refuse_others(source: str, own: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise InputError where a folder is asked for other calls than its own."""
+    for key, value in asked.items():
+        if value != own[key]:
+            flag = {"solver.name": "--solver", "solver.steps": "--steps"}.get(key, f"--{key}")
+            raise InputError(
+                f"{source} is for {flag} {own[key]}, not {value}; leave {flag} out, or train or quantize anew"
+            )
 
 
 def check_engines(flavor: str, layout: str, sms: Sequence[int]) -> str:
@@ -85,7 +107,7 @@ def check_engines(flavor: str, layout: str, sms: Sequence[int]) -> str:
     library = load(chosen)
     for sm in sms if chosen.name == "rtx" else ():
         check_target(library, sm)
-    if not sms:
+    if chosen.name == "trt" or not sms:
         gpu_here(chosen)
     return {"trt": "tensorrt", "rtx": "rtx"}[chosen.name]
 
@@ -95,11 +117,13 @@ def check_made_for(setting: Setting, schedule: Schedule | None) -> None:
     file = Path(setting.model.name) / FILE
     if schedule is None or not file.is_file():
         return
-    made_for = read_origin(file).schedule
+    origin = read_origin(file)
+    made_for = origin.schedule
     if made_for not in (None, schedule.fingerprint, replace(schedule, corrections=None).fingerprint):
         raise ScheduleError(
             f"the step sizes of {setting.model.name} were learned under schedule {str(made_for)[:12]}, not under this "
-            f"one ({schedule.fingerprint[:12]}); export {setting.model.name} itself, or quantize --with-cache for this"
+            f"one ({schedule.fingerprint[:12]}); export {setting.model.name} itself, or train a schedule on "
+            f"{origin.base.model} and quantize that with --with-cache for it"
         )
 
 

@@ -136,7 +136,11 @@ def own_flags(model: str) -> dict[str, Any]:
     run = RunDir(Path(model))
     if not run.recipe.is_file() or not (run.quantized.is_file() or run.pruned.is_file()):
         return {}
-    recipe = resolve_any(run.recipe)
+    return flags_of(resolve_any(run.recipe))
+
+
+def flags_of(recipe: Run) -> dict[str, Any]:
+    """Solver, steps and guidance of `recipe`."""
     return {"solver.name": recipe.solver.name, "solver.steps": recipe.solver.steps, "cfg": recipe.cfg}
 
 

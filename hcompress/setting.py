@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from hcompress.adapter import Adapter
@@ -66,8 +67,8 @@ def _check_grid(model: str, adapter: QuantizedAdapter, asked: str, solver: Mappi
     if own != solver:
         raise SolverError(
             f"{model} holds step sizes for the calls of {own['class']} with {own['steps']} steps, not for "
-            f"{solver['class']} with {solver['steps']}; use its own, or take the nearest: hcompress quantize {model} "
-            f"--resample-steps --solver {asked} --steps {solver['steps']} --out OTHER"
+            f"{solver['class']} with {solver['steps']}; use its own, or take the nearest: hcompress quantize "
+            f"{quote(model)} --resample-steps --solver {asked} --steps {solver['steps']} --out OTHER"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,17 @@ def test_long_skips_fit_every_layout(tmp_path: Path, layout: str, dtype: str) ->
     with Runtime(exported.path, threads=1) as runtime:
         assert parity(adapter, runtime, LABELS, mask, seed=1).max() <= tolerance
         assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(len(LABELS)) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_that_generate_at_once_each_get_their_own_samples(tmp_path: Path, layout: str) -> None:
+    adapter = make_dit()
+    mask = random_mask(CALLS, len(adapter.graph))
+    with Runtime(export(tmp_path / "bundle", adapter, mask, layout=layout).path, threads=1) as runtime:
+        want = [runtime.generate(LABELS, seed) for seed in range(6)]
+        with ThreadPoolExecutor(4) as pool:
+            got = [*pool.map(lambda seed: runtime.generate(LABELS, seed), range(6))]
+    assert all(np.array_equal(one, other) for one, other in zip(got, want, strict=True))
 
 
 def test_all_layouts_store_the_same_weights_once(tmp_path: Path) -> None:

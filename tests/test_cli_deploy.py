@@ -18,6 +18,7 @@ from PIL import Image
 from hcompress.models.dit import DiT
 from hcompress.report.latency import compare_bundles
 from hcompress_runtime.bundle import WEIGHTS, open_bundle
+from hcompress_runtime.errors import HcompressError
 from hcompress_runtime.images import grid
 from hcompress_runtime.measure import peak_memory_bytes
 
@@ -230,6 +231,56 @@ def test_what_export_cannot_do_is_one_line(
 ) -> None:
     code, _, err = hcompress("export", tiny_run, "--out", tmp_path / "bundle", *flags)
     assert code == 1 and line in err and err.count("\n") == 1 and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--cfg", "7.5"], "is for --cfg 1.5, not 7.5; leave --cfg out"),
+        (["--steps", "99"], f"is for --steps {CALLS}, not 99"),
+        (["--solver", "unipc"], "is for --solver ddim, not unipc"),
+        (["--schedule", "random:0.4"], "is a run with a schedule of its own; leave out --schedule"),
+    ],
+)
+def test_a_run_is_not_exported_as_something_else(
+    hcompress: Any, tiny_run: Path, tmp_path: Path, flags: list[str], line: str
+) -> None:
+    code, out, err = hcompress("export", tiny_run, "--out", tmp_path / "bundle", *flags)
+    assert (code, out) == (1, "") and line in err and err.count("\n") == 1
+    same = ["--steps", CALLS, "--solver", "ddim", "--dry-run"]
+    assert hcompress("export", tiny_run, *same)[0] == 0
+
+
+def test_a_bundle_is_not_put_in_place_of_where_one_is(
+    hcompress: Any, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = hcompress("export", tiny_run, "--out", ".", "--no-prove")
+    assert code == 1 and "is where you are" in err and err.count("\n") == 1 and not [*tmp_path.iterdir()]
+    (tmp_path / "link").symlink_to(tmp_path / "bundle")
+    (tmp_path / "bundle").mkdir()
+    for _ in range(2):
+        assert hcompress("export", tiny_run, "--out", "link", "--no-prove")[0] == 0
+        assert (tmp_path / "link").is_symlink() and open_bundle(tmp_path / "bundle").layout
+
+
+def test_a_process_that_is_killed_is_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where memory runs out."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(HcompressError, match="killed by signal 9, as happens where memory runs out"):
+        peak_memory_bytes(exported / "bundle", 1)
+
+
+def test_verify_leaves_out_a_neighbour_that_is_another_model(
+    hcompress: Any, exported: Path, tiny_dense_bundle: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(exported / "bundle", tmp_path / "bundle")
+    shutil.copytree(tiny_dense_bundle.path, tmp_path / "bundle-dense")
+    code, out, _ = hcompress("verify", tmp_path / "bundle")
+    assert code == 0 and "bundle on cpu: agrees" in out and "it is of another model" in " ".join(out.split())
 
 
 def test_a_model_without_a_schedule_is_one_line(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:

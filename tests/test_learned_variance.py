@@ -15,6 +15,8 @@ from hcompress.errors import SolverError
 from hcompress.sampling import constants_of, sample, sample_seeded, solver_noises, start_noise
 from hcompress_export.parity import drifts
 from hcompress_runtime import Runtime
+from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.kernels import executed
 
 LABELS = [0, 3, 4]
 
@@ -38,6 +40,11 @@ def bundle(tmp_path_factory) -> Exported:
     adapter = adapter_of("dit")
     mask = random_mask(CALLS, len(adapter.graph))
     return export(tmp_path_factory.mktemp("iddpm") / "bundle", adapter, mask, solver="iddpm")
+
+
+def test_the_kernels_of_every_call_can_be_named(bundle):
+    opened = open_bundle(bundle.path)
+    assert all(executed(opened, call)["Gemm"] for call in range(len(opened.graphs)))
 
 
 def test_the_sampler_is_diffusers_own_loop(adapter):

@@ -310,6 +310,17 @@ def test_balancing_changes_nothing_but_the_inputs(family: str) -> None:
             assert error < 1e-3 * one.abs().max()  # as above
 
 
+def test_smoothquant_takes_a_weight_that_ignores_an_input() -> None:
+    """As pruned or masked channels leave it; modelopt would divide by its zeros."""
+    base = FAMILIES["dit"]()
+    reader = folds_of(base, select(base, "w8a8"))[0].readers[0]
+    with torch.no_grad():
+        base.network.get_submodule(reader).weight[:, 3] = 0
+    quantized = ptq(base, walk_of(), PtqSettings(method="int8-smoothquant"))
+    assert quantized.log_scales.isfinite().all()
+    assert not quantized.network.get_submodule(reader).integers[:, 3].any()
+
+
 def test_smoothquant_needs_no_second_walk(tiny_dit: Adapter) -> None:
     """Ranges of the folded model follow from each channel's: those of a walk over it agree."""
     quantized: Any = ptq(tiny_dit, walk_of(), PtqSettings(method="int8-smoothquant"))

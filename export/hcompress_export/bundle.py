@@ -204,6 +204,9 @@ def _replacing(out: Path) -> Iterator[Path]:
     """
     if out.exists() and not is_bundle(out) and not (out.is_dir() and not os.listdir(out)):
         raise BundleError(f"{out} exists and is no bundle; pass another --out")
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise BundleError(f"{out} is where you are, and a bundle is put in its place whole; pass --out a folder in it")
+    out = out.resolve()  # what a link names is replaced
     folder, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
     try:
         _remove(folder)
@@ -219,7 +222,7 @@ def _replacing(out: Path) -> Iterator[Path]:
             raise
         _remove(old)
     except OSError as error:
-        raise DiskError(f"cannot write {out}: {error.strerror}; what was there before is untouched") from error
+        raise DiskError(f"cannot write {out}: {error.strerror or error}; what was there before is untouched") from error
     finally:
         _remove(folder)
 

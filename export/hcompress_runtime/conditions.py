@@ -147,12 +147,15 @@ def _checked(name: str, one: Input, given: Any) -> NDArray[Any]:
 
 
 def _labels(given: Any, classes: int) -> NDArray[np.int64]:
-    if not len(given):
+    array = np.asarray(given)
+    if array.shape == (0,):
         raise InputError("no labels; pass one for each sample, such as 0,1,2")
-    for label in given:
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"labels should be whole numbers in a row, one for each sample, such as 0,1,2; got {given!r}")
+    for label in array:
         if not 0 <= label < classes:
             raise InputError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
-    return np.array(given, np.int64)
+    return array.astype(np.int64)
 
 
 def _null(inputs: Mapping[str, Input]) -> list[str]:

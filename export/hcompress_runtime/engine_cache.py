@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ def engine_file(folder: Path, graph: str) -> Path:
 def build_command(bundle: Path, target: Target, batch: Sequence[int] | None = None) -> str:
     """What a person types to have these engines built."""
     profile = f" --batch {','.join(map(str, batch))}" if batch else ""
-    return f"python -m hcompress_runtime.engine_cache {bundle} --flavor {target.flavor} --sm {target.sm}{profile}"
+    where = quote(str(bundle))
+    return f"python -m hcompress_runtime.engine_cache {where} --flavor {target.flavor} --sm {target.sm}{profile}"
 
 
 def parse_batch(text: str) -> Batch:

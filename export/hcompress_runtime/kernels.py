@@ -1,6 +1,6 @@
 """Which kernels ONNX Runtime runs for a bundle, by its own profile: a graph says what to compute, the optimizer how.
 
-executed(bundle)["graphs/0123.onnx"]      # Counter({"QGemm": 72, "QuantizeLinear": 48, "MatMul": 24, ...})
+executed(bundle)      # Counter({"QGemm": 72, "QuantizeLinear": 48, "MatMul": 24, ...})
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 from hcompress_runtime.bundle import WEIGHTS, Bundle
 from hcompress_runtime.conditions import complete, example, take
 from hcompress_runtime.noise import gaussian
-from hcompress_runtime.ort import SharedWeights, open_session
+from hcompress_runtime.ort import BFLOAT16, WEIGHT, SharedWeights, open_session
 
 OF_INTEGERS = ("QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul")
 """Matrix products of 8-bit integers. On a CPU all of them are the same kernel, MLAS's integer GEMM."""
 OF_FLOATS = ("Gemm", "MatMul", "FusedGemm", "FusedMatMul", "MatMulNBits")
 
+SLOTS = {"float32": (1, np.float32), "float16": (10, np.float16), "bfloat16": (BFLOAT16, np.uint16)}
+"""ONNX's type of a slot, and what NumPy holds it as."""
 
-def executed(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> dict[str, Counter[str]]:
-    """Graph file -> how often one run of it runs each operator, for every distinct graph at its first call.
 
-    Slots that a graph reads hold zeros. Raises MissingExtra, and BundleError for a graph that is rejected.
+def executed(bundle: Bundle, call: int = 0, provider: str = "cpu", threads: int | None = None) -> Counter[str]:
+    """How often each operator runs at `call`.
+
+    Slots that the graph reads hold zeros. Raises MissingExtra, and BundleError for a graph that is rejected.
     """
-    calls = {graph: bundle.graphs.index(graph) for graph in bundle.graphs}
-    profiles = {graph: _profile(bundle, provider, threads, call) for graph, call in calls.items()}
-    return {graph: Counter(node["op_name"] for node in nodes) for graph, nodes in profiles.items()}
+    return Counter(node["op_name"] for node in _profile(bundle, provider, threads, call))
 
 
 def milliseconds(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> Counter[str]:
@@ -61,18 +62,16 @@ def _feeds(bundle: Bundle, session: Any, call: int, weights: SharedWeights) -> d
     """What `session` asks for at `call`, for one sample."""
     from onnxruntime import OrtValue
 
-    dtype = {"float16": np.float16}.get(bundle.dtype, np.float32)
     arrays: dict[str, Any] = dict(take(complete(bundle.conditions, example(bundle.conditions, 1)), range(1)))
     arrays |= {f"step.{name}": rows[call : call + 1] for name, rows in bundle.constants.items()}
     arrays |= {"latent": gaussian(0, range(1), bundle.sample_shape), "cfg": np.array(bundle.cfg, np.float32)}
     computes = bundle.plan.steps[call].computes
     arrays["compute"] = np.array([branch in computes for branch in bundle.plan.branches])
+    arrays |= bundle.table.noise_input(call, [], (1, *bundle.sample_shape))
+    feeds = {name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    element, dtype = SLOTS[bundle.dtype]
     for slot, (tokens, width) in bundle.plan.slots.items():
-        arrays[f"cache_in.{slot}"] = np.zeros((bundle.rows_per_sample * tokens, width), dtype)
+        zeros = np.zeros((bundle.rows_per_sample * tokens, width), dtype)
+        feeds[f"cache_in.{slot}"] = OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, element)
     names = [value.name for value in session.get_inputs()]
-    return {
-        name: weights[name]
-        if name.startswith("w.")
-        else OrtValue.ortvalue_from_numpy(np.ascontiguousarray(arrays[name]))
-        for name in names
-    }
+    return {name: weights[name] if name.startswith(WEIGHT) else feeds[name] for name in names}

@@ -54,10 +54,13 @@ def peak_memory_bytes(
     if not PROCESS_MEMORY.exists():
         return None
     options = {"bundle": str(bundle), "provider": provider, "threads": threads, "prepack": prepack}
-    command = [sys.executable, "-m", __name__, str(batch), json.dumps(options)]
+    command = [sys.executable, "-P", "-m", __name__, str(batch), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise HcompressError(f"measuring the memory of {bundle} failed: {done.stderr.strip().splitlines()[-1]}")
+        *_, reason = ["", *done.stderr.strip().splitlines()]
+        if done.returncode < 0:
+            reason = f"its process was killed by signal {-done.returncode}, as happens where memory runs out"
+        raise HcompressError(f"measuring the memory of {bundle} failed: {reason}")
     return int(json.loads(done.stdout)["peak_memory_bytes"])
 
 

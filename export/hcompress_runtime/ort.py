@@ -38,6 +38,7 @@ BFLOAT16, FLOAT8E4M3FN = 16, 17  # in ONNX; NumPy has no such types
 RAW = {np.dtype(np.uint16): BFLOAT16, np.dtype(np.uint8): FLOAT8E4M3FN}  # what hcompress_runtime.weights has them as
 ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": BFLOAT16}
 PREPACK_LIMIT_BYTES = 1 << 30  # of weights, each session's counted; beyond, sessions share the file's pages
+OLDEST = (1, 30)  # version of onnxruntime: before, a binding that is cleared takes its results with it
 PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "gpu")}
 
 
@@ -239,6 +240,9 @@ def open_session(
         import onnxruntime as ort
     except ModuleNotFoundError as error:
         raise missing("onnxruntime", extra) from error
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < OLDEST:  # older ones crash in `_results`
+        oldest = ".".join(map(str, OLDEST))
+        raise EngineError(f"onnxruntime {ort.__version__} is too old", f"pip install 'onnxruntime>={oldest}'")
     if name not in ort.get_available_providers():
         raise missing(f"an onnxruntime with {name}", extra)
     _share_arena()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -62,6 +63,7 @@ class Runtime:
             opened = engines_of(self.bundle, provider, capture=capture)
         else:
             opened = sessions_of(self.bundle, provider, threads, prepack, capture)
+        self._lock = Lock()
         self._given: dict[str, Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._decoder: Any = None
@@ -98,7 +100,8 @@ class Runtime:
         A text-conditional bundle is given arrays by name instead of labels, one sample for each row of `prompt_embeds`;
         hcompress_runtime.conditions says which, and `load_prompts` there reads them from a file.
 
-        Sample i draws stream `first` + i of `seed`, whatever the batch. Raises InputError for conditions, seeds and
+        Sample i draws stream `first` + i of `seed`, whatever the batch. Of several threads one generates at a time: the
+        engines and what they are given are one set. Raises InputError for conditions, seeds and
         batches that this bundle cannot take.
         """
         rows = complete(self.bundle.conditions, labels)
@@ -109,7 +112,8 @@ class Runtime:
             chosen = [*range(begin, min(begin + batch, count))]
             padded = [*chosen, *[begin] * (least - len(chosen))]  # an engine may be built for one batch only
             streams = range(first + begin, first + begin + len(padded))
-            finished.append(self._generate(take(rows, padded), seed, streams, on_step)[: len(chosen)])
+            with self._lock:
+                finished.append(self._generate(take(rows, padded), seed, streams, on_step)[: len(chosen)])
         return np.concatenate(finished)
 
     def pictures(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:

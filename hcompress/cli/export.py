@@ -40,9 +40,9 @@ def export(
     reuse: Annotated[
         str | None, typer.Option(help="Freeze the mask under another rule: plain, taylor.", show_default="its own")
     ] = None,
-    solver: Annotated[str, typer.Option(help="MODEL only.")] = "ddim",
-    steps: Annotated[int, typer.Option(help="MODEL only.")] = 20,
-    cfg: Annotated[float, typer.Option(help="MODEL only.")] = 1.5,
+    solver: Annotated[str | None, typer.Option(help="MODEL only.", show_default="ddim")] = None,
+    steps: Annotated[int | None, typer.Option(help="MODEL only.", show_default="20")] = None,
+    cfg: Annotated[float | None, typer.Option(help="MODEL only.", show_default="1.5")] = None,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with PyTorch before it counts.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what every layout would take; write nothing.")

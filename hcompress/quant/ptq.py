@@ -31,6 +31,7 @@ from hcompress.quant.calibration import Walk, check_amax, nearest_run, walk_thro
 from hcompress.quant.selection import Selection, select_as
 from hcompress.quant.settings import PtqSettings
 
+TINY = 1e-8  # what SmoothQuant takes a weight for that ignores an input: modelopt divides by it
 BITS: dict[str, int | tuple[int, int]] = {"int8": 8, "int4": 4, "fp8": (4, 3)}  # as modelopt calls them
 
 
@@ -100,7 +101,9 @@ def calibrate(
     if smooth:  # changes weights in place
         for name in selection.columns:
             layer = model.network.get_submodule(name)
-            layer.weight = torch.nn.Parameter(layer.get_parameter("weight").clone(), requires_grad=False)
+            weight = layer.get_parameter("weight").clone()
+            weight[:, ~weight.any(dim=0)] = TINY
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantizers = convert(model, selection, algorithm, percentile, walk, on_call)
     weight_scales, multipliers, channels = {}, {}, {}
     for name, format in selection.formats.items():

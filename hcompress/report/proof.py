@@ -29,7 +29,7 @@ from hcompress_runtime.runtime import Runtime
 class Proof:
     """One bundle on one backend.
 
-    skipped:     why the backend cannot run here; all else is void then
+    skipped:     why it cannot be run or compared here; all else is void then
     worst:       the largest drift of all calls and tensors
     first_drift: the first beyond `tolerance`
     products:    the matrix products that the first call runs on ONNX Runtime, by operator; from its own profile
@@ -63,6 +63,10 @@ def prove_all(
         raise BundleError(f"{name} has other weights than {path}; pass the model it was made from with --model")
     proofs = []
     for bundle in bundles:
+        if bundle.manifest["identity"]["weight_hash"] != identity["weight_hash"]:
+            other = f"it is of another model, {bundle.manifest['identity']['model']}; verify it by itself"
+            proofs += [Proof(bundle.path, backend, skipped=other) for backend in backends]
+            continue
         for backend in backends:
             try:
                 runtime = Runtime(bundle, backend)
@@ -74,7 +78,7 @@ def prove_all(
                 given = example(bundle.conditions, int(np.clip(samples, least, most)))
                 found = drifts(adapter, runtime, given, *_frozen(bundle), seed=seed)
                 limit = tolerance or allowed(adapter, runtime, given, *_frozen(bundle), seed=seed)
-            ran = executed(bundle, backend)[bundle.graphs[0]] if backend in PROVIDERS else Counter[str]()
+            ran = executed(bundle, provider=backend) if backend in PROVIDERS else Counter[str]()
             worst = float(np.max([drift.error for drift in found]))
             proofs.append(Proof(bundle.path, backend, limit, worst, first_drift(found, limit), products=_products(ran)))
     return proofs
