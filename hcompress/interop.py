@@ -46,6 +46,8 @@ def import_schedule(
     if not 0 < threshold < 1:
         raise ScheduleError(f"a threshold of {threshold} is outside 0 to 1; the routers were published with 0.1")
     path = Path(path)
+    if path.suffix == ".safetensors":
+        raise ScheduleError(f"{path} is no file of another project; a schedule of hcompress is used as it is")
     content = _read(path)
     kind = kind or _kind(content)
     if kind not in KINDS:
@@ -82,7 +84,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = json.loads(path.read_bytes()) if is_json else _unpickle(path)
     except Exception as error:  # a damaged or hostile file can raise anything
         raise ScheduleError(
-            f"{path} is damaged, or holds code and was not run ({type(error).__name__}); download it again"
+            f"{path} is damaged, no router and no JSON, or holds code and was not run ({type(error).__name__}); "
+            "download it again"
         ) from error
     if not isinstance(content, Mapping):
         raise ScheduleError(f"{path} holds a {type(content).__name__}, no router and no schedule")

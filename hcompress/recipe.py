@@ -168,7 +168,8 @@ def _checked(kind: type[Kind], settings: dict[str, Any]) -> Kind:
     """Raises RecipeError for what does not fit `kind`, a section of another kind first."""
     own = section_of(kind)
     for other in {path.partition(".")[0] for path in settings} & (DEFAULT_METHODS.keys() - {own}):
-        raise RecipeError(f"a run is of one kind, and this one has a {own} section: put {other} into another recipe")
+        verbs = {"caching": "train", "quant": "quantize", "prune": "prune"}
+        raise RecipeError(f"a {other} section is for `hcompress {verbs[other]}`, and this is `hcompress {verbs[own]}`")
     try:
         return kind.model_validate(_nested(settings), strict=True)
     except ValidationError as error:

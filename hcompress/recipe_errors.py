@@ -84,7 +84,8 @@ def _unknown(key: str, recipe: Model, method: str) -> str:
     settings = keys(recipe, method)
     owners = [other for other in methods(recipe) if key in keys(recipe, other)]
     if owners:
-        return f"unknown key '{key}': method {method} has no such setting, but {', '.join(owners)} have; see --method"
+        have = f"{', '.join(owners)} {'has' if len(owners) == 1 else 'have'}"
+        return f"unknown key '{key}': method {method} has no such setting, but {have}; see --method"
     section, _, name = key.rpartition(".")
     siblings = {path.rpartition(".")[2]: path for path in settings if path.rpartition(".")[0] == section}
     anywhere = {path.rpartition(".")[2]: path for path in settings}

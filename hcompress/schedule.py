@@ -142,7 +142,8 @@ class Schedule:
         if rule == "corrected":
             raise ScheduleError(
                 f"this schedule holds no fitted corrections, its rule is {self.reuse}; learn it with "
-                "`hcompress train --reuse corrected`, or fit them to this one with --schedule FILE --reuse corrected"
+                "`hcompress train --reuse corrected`, or fit them to this one: "
+                "hcompress train MODEL --schedule FILE --reuse corrected --out RUN"
             )
         raise ScheduleError(f"there is no rule of reuse {rule!r}; choose from: {', '.join(get_args(Reuse))}")
 
@@ -205,7 +206,10 @@ class Schedule:
         if self.corrections is not None:
             tensors |= self.corrections.tensors()
             described["reuse"] = self.corrections.rule
-        write_atomically(path, save(tensors, {FORMAT: json.dumps(described, sort_keys=True)}))
+        laid_out = {
+            name: np.ascontiguousarray(array) for name, array in tensors.items()
+        }  # `save` writes memory as it lies
+        write_atomically(path, save(laid_out, {FORMAT: json.dumps(described, sort_keys=True)}))
 
     @staticmethod
     def load(path: Path) -> Schedule:

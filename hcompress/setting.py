@@ -6,6 +6,7 @@ types.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from hcompress.adapter import Adapter
 from hcompress.caching.rules import parse_rule
 from hcompress.device import checked_device
-from hcompress.errors import SolverError
+from hcompress.errors import InputError, SolverError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.models.loading import Model, load_model
 from hcompress.recipe import Run, resolve
@@ -52,7 +53,9 @@ def open_setting(model: str, solver: str, steps: int, cfg: float, *, device: str
 
 
 def under_solver(model: Model, solver: str, steps: int, cfg: float) -> Setting:
-    """The setting of a loaded model. Raises SolverError where the solver does not fit it."""
+    """The setting of a loaded model. Raises SolverError where the solver does not fit it, InputError for the scale."""
+    if not 0 <= cfg < math.inf:
+        raise InputError(f"--cfg {cfg} should be a finite number, 0 or more; 1 is no guidance")
     scheduler = make_scheduler(solver, model.scheduler_config)
     solver_of = dict(solver_identity(scheduler, steps))
     if isinstance(model.adapter, QuantizedAdapter):

@@ -201,6 +201,25 @@ def test_a_given_mask_keeps_its_entries_under_another_rule(tiny_run, tmp_path):
     assert train(resolve(None, flags), tmp_path / "other").fingerprint == made.fingerprint  # nothing was in its way
 
 
+def test_the_command_says_where_a_goal_was_missed_and_goes_on_from_the_runs_own_recipe(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hcompress", "train", str(tiny_run.parent / "model"), *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    out, sets = str(tmp_path / "run"), ["--set", "caching.trajectories=1", "--set", "caching.batch=1"]
+    code, _, err = run("--steps", "3", "--target-cur", "0.6", *sets, "--out", out)
+    assert code == 0 and "CUR 60 % was not reached; give it more trajectories" in err
+    assert run("--resume", "--out", out)[0] == 0
+    code, _, err = run("--resume", "--target-cur", "0.5", "--out", out)
+    assert code == 1 and "caching.target_cur: 0.6 != 0.5" in err
+    code, _, err = run("--schedule", f"{out}/schedule.safetensors", "--target-cur", "0.5", "--out", out)
+    assert code == 1 and "--schedule takes the mask that there is: --target-cur would do nothing" in err
+
+
 def test_the_command_takes_steps_and_guidance_from_a_given_schedule(tiny_run, tmp_path, monkeypatch, capsys):
     given = Schedule.load(tiny_run / "schedule.safetensors")
     arguments = ["train", str(tiny_run.parent / "model"), "--schedule", str(tiny_run / "schedule.safetensors")]

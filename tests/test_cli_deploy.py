@@ -105,6 +105,14 @@ MISTAKES = {
         ["generate", "{bundle}", "--labels", "0", "--steps", "10", "--cfg", "2"],
         "frozen with its own --steps, --cfg",
     ),
+    "a cached bundle for an uncached one": (
+        ["bench", "{cached}", "--against", "{cached}"],
+        "is cached too (CUR 60 %); compare with one that `hcompress export --dense` made",
+    ),
+    "guidance that is no number": (["generate", "{model}", "--labels", "0", "--cfg", "nan"], "--cfg nan should be a"),
+    "a tolerance of nothing": (["verify", "{bundle}", "--tolerance", "nan"], "--tolerance nan should be a positive"),
+    "a picture of no schedule": (["inspect", "{model}", "--png", "x.png"], "--png pictures a schedule"),
+    "a picture where none can be": (["inspect", "{run}", "--png", "/proc/x.png"], "cannot write /proc/x.png"),
     "no such run": (["export", "{bundle}/no-run"], "no-run"),
     "a folder of something else": (["export", "{run}"], "exists and is no bundle"),
     "two different bundles": (["bench", "{bundle}", "--against", "{tiny}"], "differ in config_hash"),
@@ -113,12 +121,19 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_1(
-    hcompress: Any, exported: Path, tiny_run: Path, tiny_dense_bundle: Any, tmp_path: Path, name: str
+    hcompress: Any,
+    exported: Path,
+    tiny_run: Path,
+    tiny_dense_bundle: Any,
+    tiny_bundle: Any,
+    tmp_path: Path,
+    name: str,
 ) -> None:
     arguments, message = MISTAKES[name]
     places = {"bundle": exported / "bundle", "run": tiny_run, "tiny": tiny_dense_bundle.path}
+    places |= {"cached": tiny_bundle.path, "model": tiny_run.parent / "model"}
     filled = [argument.format(**places) for argument in arguments]
-    if filled[0] != "bench":
+    if filled[0] in ("generate", "export"):
         (tmp_path / "precious").write_bytes(b"precious")
         filled += ["--out", str(tmp_path if filled[0] == "export" else tmp_path / "grid.png")]
     code, out, err = hcompress(*filled)

@@ -247,7 +247,7 @@ def test_a_plan_holds_what_the_method_goes_by(model: Path, tmp_path: Path) -> No
         (("--method", "int8"), "quant.method = 'int8' does not exist; did you mean 'int8-max'?"),
         (("--set", "quant.samples=0"), "quant.samples = 0 should be greater than or equal to 1"),
         (("--set", "quant.sampels=4"), "unknown key 'quant.sampels'; did you mean 'quant.samples'?"),
-        (("--set", "caching.beta=1.0"), "this one has a quant section: put caching into another recipe"),
+        (("--set", "caching.beta=1.0"), "a caching section is for `hcompress train`, and this is `hcompress quantize`"),
         (("--keep", "*attention*"), "the pattern '*attention*' matches no linear layer"),
         (("--resample-steps",), "--resample-steps is for a folder of `hcompress quantize`"),
     ],
@@ -306,5 +306,5 @@ def test_a_corrected_schedule_of_the_float_model_is_refused(tmp_path: Path, tiny
 def test_a_recipe_is_of_one_kind(tmp_path: Path) -> None:
     file = tmp_path / "both.yaml"
     file.write_text("model: m\nquant: {method: fp8}\ncaching: {target_cur: 0.4}\n")
-    with pytest.raises(RecipeError, match="has a quant section: put caching into another"):
+    with pytest.raises(RecipeError, match="a caching section is for `hcompress train`"):
         resolve_any(file)

@@ -130,7 +130,7 @@ def test_every_setting_refuses_a_mapping_by_its_path(method, key):
 
 
 def test_a_setting_of_another_method_says_whose_it_is():
-    with pytest.raises(RecipeError, match=r"'caching\.alpha': method harmonica has no such .* smoothcache have"):
+    with pytest.raises(RecipeError, match=r"'caching\.alpha': method harmonica has no such .* smoothcache has"):
         resolve(None, MODEL, ["caching.alpha=0.1"])
     with pytest.raises(RecipeError, match=r"'caching\.target_speedup': method random has no such"):
         resolve(None, asked("random"), ["caching.target_speedup=1.5"])

@@ -221,3 +221,16 @@ def test_a_mask_of_other_branches_has_no_cost() -> None:
     dense = 5 * (5 + 40)
     assert GRAPH.total_macs(COMPUTE) == 5 * 5 + 10 * int(COMPUTE.sum())
     assert GRAPH.mac_ratio(COMPUTE) == dense / GRAPH.total_macs(COMPUTE)
+
+
+def test_a_mask_is_saved_as_it_reads_however_it_lies_in_memory(tmp_path):
+    """safetensors writes the bytes of a transposed array as they lie."""
+    mask = np.array([[1, 0, 1], [1, 1, 0]], bool).T
+    mask = np.vstack([np.ones((1, 2), bool), mask])
+    columns = np.asfortranarray(mask)
+    identity = Identity("tiny", None, None, {}, None)
+    Schedule(columns, ("a", "b"), identity, logits=np.asfortranarray(mask.astype(np.float32))).save(
+        tmp_path / "s.safetensors"
+    )
+    again = Schedule.load(tmp_path / "s.safetensors")
+    assert (again.compute == mask).all() and (again.logits == mask).all()

@@ -38,7 +38,8 @@ class MethodSettings(BaseModel):
         given = [goal for goal in goals if getattr(self, goal) is not None]
         if len(given) != 1:
             wanted = f"{', '.join(goals[:-1])} and {goals[-1]}"
-            raise ValueError(f"pass exactly one of {wanted} (got {' and '.join(given) or 'none'})")
+            got = f"got {' and '.join(given) or 'none'}"
+            raise ValueError(f"pass exactly one of {wanted} ({got}), such as --set caching.{goals[0]}=VALUE")
 
 
 class RouterSettings(MethodSettings):

@@ -41,7 +41,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="How many; even shares of the classes.", show_default="500")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the noise; sample i is the same for every schedule.", show_default="0")
+        int | None, typer.Option(min=0, help="Of the noise; sample i is the same for every schedule.", show_default="0")
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Real pictures, a folder or npz, or ADM's npz of statistics: FID, sFID, IS, ...")
@@ -91,7 +91,8 @@ def evaluate(
         _refuse({"inception": inception} | ({} if pictures else {"size": size}), "there is no --reference")
     if prompts is None:
         _refuse({"clip": clip}, "there are no --prompts")
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         judge = _judge(reference, inception, size, device, bars) if reference else None
         if pictures:
             return _pictures(Path(model), judge, clip or CLIP, prompts, size, device, bars, as_json)
@@ -154,7 +155,8 @@ def _samples(
     for note in filter(None, (left_out(setting, samples), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
-    return measure(
+    said = {"model": model, "solver": solver, "steps": steps, "cfg": setting.cfg, "reuse": loaded and loaded.reuse}
+    return said | measure(
         setting,
         loaded,
         samples,

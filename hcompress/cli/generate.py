@@ -29,7 +29,7 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="Text models: a file of embeddings, one sample for each; see FORMAT.md.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise; sample i draws stream i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise; sample i draws stream i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from hcompress.errors import InputError
+
 
 def inspect(
     subject: Annotated[str, typer.Argument(help="A run folder, a bundle, a schedule file or a MODEL.")],
@@ -23,6 +25,8 @@ def inspect(
     file = path / "schedule.safetensors" if path.is_dir() else path
     if file.name.endswith(".safetensors") and (file.exists() or path.suffix == ".safetensors"):
         _schedule(file, png, as_json)
+    elif png:
+        raise InputError(f"--png pictures a schedule, and {subject} is none: pass a run, a bundle or a schedule file")
     else:
         _model(subject, as_json)
 

@@ -85,7 +85,7 @@ def prune(
     if samples:
         if note := left_out(made.original, samples):
             console.print(note, highlight=False, soft_wrap=True, markup=False)
-        with Progress(console=console, transient=True) as bars:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
             tasks = {what: bars.add_task(what, total=samples) for what in ("original", "pruned")}
             figures |= against_original(
                 made.original,

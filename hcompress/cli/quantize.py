@@ -95,8 +95,7 @@ def quantize(
         flags |= {"quant.method": method or "efficientdm", "quant.with_cache": str(with_cache)}
         if flags["quant.method"] != "efficientdm":
             raise RecipeError(f"--with-cache distils; for {method}, quantize first and then: hcompress train {out}")
-        theirs = Schedule.load(with_cache).identity
-        its = {} if recipe else {"solver.steps": theirs.solver["steps"], "cfg": theirs.cfg}
+        its = {} if recipe else Schedule.load(with_cache).flags
         flags |= {key: value for key, value in its.items() if flags[key] is None}
     own = {} if recipe else own_flags(model)
     flags |= {key: value for key, value in own.items() if flags[key] is None}
@@ -105,6 +104,8 @@ def quantize(
         raise RecipeError(f"{other} is about learning a schedule, which --keep-schedule forgoes; pass one of the two")
     if relearn or keep_schedule:
         flags["quant.relearn"] = "keep" if keep_schedule else "scratch"
+    if resume and not recipe and (out / "recipe.yaml").is_file():
+        recipe = str(out / "recipe.yaml")  # its own, under what else is given
     resolved = resolve_quant(find(recipe) if recipe else None, flags, sets or [])
     if dry_run:
         return _print_plan(resolved, device, as_json)
@@ -216,7 +217,7 @@ def _print_with_cache(rows: dict[str, dict[str, float]], title: str) -> None:
 def _bars(console: Console) -> Any:
     from rich.progress import Progress
 
-    return Progress(console=console, transient=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _print_table(figures: dict[str, Any], title: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hcompress.errors import InputError
 
 if TYPE_CHECKING:
     from hcompress.report.proof import Proof
@@ -18,7 +21,7 @@ def verify(
     ],
     model: Annotated[str | None, typer.Option(help="The model it was made from; as the bundle says if absent.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many to generate at once.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     tolerance: Annotated[float | None, typer.Option(help="Relative; by its precision if absent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -31,6 +34,8 @@ def verify(
     """
     from rich.console import Console
 
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise InputError(f"--tolerance {tolerance} should be a positive number, such as 1e-4")
     with Console(stderr=True).status(f"verifying {bundle}"):
         from hcompress.report.proof import prove_all
 

@@ -76,8 +76,14 @@ def _read(path: Path) -> State:
         with torch.serialization.safe_globals([argparse.Namespace]):  # what DiT's train.py keeps of its flags
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # not there, no zip, no pickle, or a pickle of something else: no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot read {path} as a PyTorch checkpoint ({reason})") from error
+        reason = (
+            "it is not there"
+            if not path.is_file()
+            else f"damaged, or holds code and was not run; {type(error).__name__}"
+        )
+        raise ModelError(
+            f"cannot read {path} as a PyTorch checkpoint ({reason}); pass the authors' .pt or .pth"
+        ) from error
     content = content.get("ema", content) if isinstance(content, dict) else {}
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no network's tensors by name; pass the file with the weights")

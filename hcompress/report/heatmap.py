@@ -8,6 +8,7 @@ import numpy as np
 from rich.text import Text
 
 from hcompress.schedule import Schedule
+from hcompress_runtime.files import write_atomically
 
 COMPUTED, REUSED = "#1f4e79", "#dce9f5"
 
@@ -34,7 +35,10 @@ def terminal_grid(schedule: Schedule) -> Text:
 
 
 def save_heatmap(schedule: Schedule, path: Path) -> None:
-    """Write the grid as a PNG; where logits are known, shades between show how sure the router was."""
+    """Write the grid as a PNG; where logits are known, shades between show how sure the router was.
+
+    Raises DiskError where the disk refuses.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -55,6 +59,7 @@ def save_heatmap(schedule: Schedule, path: Path) -> None:
     axes.set_ylabel("model call (first at the top)")
     shades = f"computed dark, reused light, CUR {100 * schedule.cur:.1f} %"
     axes.set_title(f"{schedule.identity.model}: {shades}\n{reuse_line(schedule)}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    try:
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    finally:
+        pyplot.close(figure)

@@ -31,13 +31,16 @@ def compare_bundles(
 
     speedup = dense_latency_ms / latency_ms; efficiency = speedup / mac_ratio, 1 where time falls as arithmetic does.
     with_torch adds torch_latency_ms and dense_torch_latency_ms of the reference sampler, on the model that the bundle
-    names. Raises BundleError where the two are not one model under one solver.
+    names. Raises BundleError where the two are not one model under one solver, the second uncached.
     """
     bundles = {"": open_bundle(cached), "dense_": open_bundle(dense)}
     ours, theirs = (bundle.manifest["identity"] for bundle in bundles.values())
     for what in ("config_hash", "weight_hash", "solver", "cfg"):
         if ours[what] != theirs[what]:
             raise BundleError(f"{cached} and {dense} differ in {what}; export both from one run, one with --dense")
+    if bundles["dense_"].cur:
+        cur = f"CUR {100 * bundles['dense_'].cur:.0f} %"
+        raise BundleError(f"{dense} is cached too ({cur}); compare with one that `hcompress export --dense` made")
     # Before any is open here: a page that two processes hold counts half in each.
     memory = {prefix: peak_memory_bytes(b.path, batch, threads, provider=provider) for prefix, b in bundles.items()}
     given = example(bundles[""].conditions, batch)

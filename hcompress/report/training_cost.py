@@ -18,12 +18,14 @@ from contextlib import nullcontext
 from typing import Any
 
 from hcompress.recipe import Recipe
+from hcompress.setting import setting_of
 
 WARM_UP = 2
 
 
 def training_cost(recipe: Recipe, iterations: int = 20) -> dict[str, Any]:
     """Medians over `iterations`: {"speedup", "memory_ratio", "frozen": {...}, "unfrozen": {...}}."""
+    setting_of(recipe)  # what is wrong with it shows here, and not in the other process
     context = multiprocessing.get_context("spawn")
     measured = {}
     for variant in ("frozen", "unfrozen"):
@@ -48,7 +50,6 @@ def _measure(recipe: Recipe, frozen: bool, iterations: int, sender: Any) -> None
     from hcompress.caching.harmonica import Training
     from hcompress.caching.settings import HarmoniCaSettings
     from hcompress.meter import CLEAR, resident_bytes
-    from hcompress.setting import setting_of
     from hcompress.train import problem_of
 
     setting = setting_of(recipe)
