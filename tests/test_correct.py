@@ -271,7 +271,7 @@ def test_the_command_line_trains_shows_and_scores_corrected_schedules(tiny_run, 
     assert status == 0 and json.loads(told)["reuse"] == "corrected"
     file = str(out / "schedule.safetensors")
     fallbacks = Schedule.load(out / "schedule.safetensors").fallbacks
-    assert fallbacks >= 8 and f"corrected reuse, {fallbacks} fall back" in run("inspect", file)[1]
+    assert fallbacks >= 8 and f"corrected reuse, {fallbacks} entries without an older value" in run("inspect", file)[1]
     described = json.loads(run("inspect", file, "--json")[1])
     assert (described["reuse"], described["fallbacks"]) == ("corrected", fallbacks)
     scores = {}

@@ -14,8 +14,8 @@ COMPUTED, REUSED = "#1f4e79", "#dce9f5"
 
 
 def reuse_line(schedule: Schedule) -> str:
-    """What reused branches yield, and how many of them fall back for want of history: "taylor reuse, 40 fall back"."""
-    fallbacks = f", {schedule.fallbacks} fall back" if schedule.fallbacks else ""
+    """What reused branches yield, and how many of them have less than that takes."""
+    fallbacks = f", {schedule.fallbacks} entries without an older value for it" if schedule.fallbacks else ""
     return f"{schedule.reuse} reuse{fallbacks}"
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from hcompress.errors import BundleError
-from hcompress_runtime.bundle import Bundle, open_bundle
+from hcompress_runtime.bundle import Bundle, is_bundle, open_bundle
 from hcompress_runtime.conditions import Rows, example
 from hcompress_runtime.measure import interleaved, peak_memory_bytes
 from hcompress_runtime.runtime import Runtime
@@ -33,7 +34,11 @@ def compare_bundles(
     with_torch adds torch_latency_ms and dense_torch_latency_ms of the reference sampler, on the model that the bundle
     names. Raises BundleError where the two are not one model under one solver, the second uncached.
     """
-    bundles = {"": open_bundle(cached), "dense_": open_bundle(dense)}
+    bundles = {"": open_bundle(cached)}
+    if not is_bundle(dense):
+        made = f"hcompress export SOURCE --dense --out {quote(str(dense))}"
+        raise BundleError(f"there is no uncached bundle {dense} to compare with; make it ({made}) or pass --against")
+    bundles["dense_"] = open_bundle(dense)
     ours, theirs = (bundle.manifest["identity"] for bundle in bundles.values())
     for what in ("config_hash", "weight_hash", "solver", "cfg"):
         if ours[what] != theirs[what]:
