@@ -22,6 +22,7 @@ from hcompress.caching.correct import Corrected, correct
 from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
 from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.images import open_images
+from hcompress.lowbit.artefact import FILE, read_origin
 from hcompress.meter import Meter
 from hcompress.recipe import Recipe
 from hcompress.report.heatmap import save_heatmap
@@ -96,6 +97,12 @@ def train(
     if writes:
         run.rewind(method.done)
     on_start(setting, method)
+    file = Path(recipe.model) / FILE
+    if recipe.caching.method != "given" and file.is_file() and read_origin(file).schedule:
+        on_notice(
+            f"step sizes of {recipe.model} were learned under its own schedule: another can be evaluated on it, not "
+            "exported; for that, train on the float model and quantize --with-cache"
+        )
     for progress in method.run():
         if writes:
             run.log(asdict(progress) | meter.lap())
