@@ -88,7 +88,7 @@ def quantize(
             raise ScheduleError(
                 f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask "
                 "(`hcompress train --reuse plain`), then fit to what came out: "
-                "hcompress train RUN --schedule RUN/schedule.safetensors --reuse corrected"
+                "hcompress train RUN --schedule RUN --reuse corrected"
             )
     selection = selected(setting.adapter, settings, schedule)  # or there is a folder in the way of the mended command
     run = open_run(out, recipe, resume=resume)

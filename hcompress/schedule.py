@@ -213,7 +213,12 @@ class Schedule:
 
     @staticmethod
     def load(path: Path) -> Schedule:
-        """Read a schedule. Raises ScheduleError where the file is absent, truncated or not a schedule."""
+        """Read a schedule, a file or that of a run folder or bundle.
+
+        Raises ScheduleError where the file is absent, truncated or not a schedule.
+        """
+        if path.is_dir():
+            path = path / "schedule.safetensors"
         if not path.is_file():
             raise ScheduleError(f"no schedule at {path}; `hcompress train` leaves RUN/schedule.safetensors")
         try:

@@ -96,12 +96,12 @@ def open_finished(run: Path) -> tuple[Setting, Schedule]:
 
 
 def open_with(model: str, schedule: str, solver: str, steps: int, cfg: float) -> tuple[Setting, Schedule]:
-    """The setting of MODEL and a schedule for it: a schedule.safetensors, or a rule such as `random:0.375`.
+    """The setting of MODEL and a schedule for it: a schedule.safetensors, a run of one, or a rule (`random:0.375`).
 
     A file brings its own solver steps and guidance, which must be those asked for. Raises ModelError, ScheduleError.
     """
     setting = open_setting(model, solver, steps, cfg)
-    if Path(schedule).is_file():
+    if Path(schedule).exists():
         learned = Schedule.load(Path(schedule))
         learned.check_fits(setting.adapter.graph, setting.identity)
         return setting, learned

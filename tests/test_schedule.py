@@ -234,3 +234,12 @@ def test_a_mask_is_saved_as_it_reads_however_it_lies_in_memory(tmp_path):
     )
     again = Schedule.load(tmp_path / "s.safetensors")
     assert (again.compute == mask).all() and (again.logits == mask).all()
+
+
+def test_a_folder_is_read_as_the_schedule_in_it(tmp_path):
+    identity = Identity("tiny", None, None, {}, None)
+    Schedule(np.ones((2, 1), bool), ("a",), identity).save(tmp_path / "schedule.safetensors")
+    assert Schedule.load(tmp_path).fingerprint == Schedule.load(tmp_path / "schedule.safetensors").fingerprint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScheduleError, match=r"no schedule at .*empty/schedule\.safetensors; `hcompress train` leaves"):
+        Schedule.load(tmp_path / "empty")

@@ -28,7 +28,9 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="zoo:NAME, a folder or a hub id; or pictures: a folder or an npz.", show_default=False)
     ],
-    schedule: Annotated[Path | None, typer.Option(help="A schedule.safetensors; none: MODEL uncached.")] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(help="A run, or a schedule.safetensors; none: MODEL uncached.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="The schedule's solver; ddim if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The schedule's own if not given, else 20.")] = None,
     cfg: Annotated[
@@ -62,7 +64,7 @@ def evaluate(
 ) -> None:
     """Compare cached samples with uncached ones from the same noise, and both with real images; or judge pictures.
 
-    Example: hcompress eval zoo:fashion-dit --schedule runs/first/schedule.safetensors --samples 2000
+    Example: hcompress eval zoo:fashion-dit --schedule runs/first --samples 2000
     Example: hcompress eval samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     """
     from rich.console import Console

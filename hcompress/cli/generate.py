@@ -33,7 +33,9 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",
-    schedule: Annotated[Path | None, typer.Option(help="MODEL only: a schedule.safetensors; none is dense.")] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(help="MODEL only: a run, or a schedule.safetensors; none is dense.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="MODEL only: the schedule's solver; ddim if not given.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="MODEL only: the schedule's own if not given, else 20.")
