@@ -201,7 +201,9 @@ def test_from_the_shell(hcompress: Any, folder: Path, tmp_path: Path) -> None:
     exported = json.loads(hcompress("export", folder, "--schedule", "random:0.4", *common)[1])
     assert max(exported["parity"]) < 1e-5 and exported["cur"] == pytest.approx(0.4, abs=0.05)
     assert hcompress("verify", bundle)[0] == 0
-    bench = hcompress("bench", bundle, "--against", bundle, "--batch", 2, "--rounds", 1, "--torch", "--json")
+    dense = tmp_path / "bundle-dense"
+    assert hcompress("export", folder, "--dense", *common[:-2], dense, "--json", "--no-prove")[0] == 0
+    bench = hcompress("bench", bundle, "--batch", 2, "--rounds", 1, "--torch", "--json")
     assert json.loads(bench[1])["torch_latency_ms"] > 0
     quality = hcompress("eval", folder, "--schedule", schedule, "--solver", "dpm++", "--samples", 3, "--json")
     assert json.loads(quality[1])["psnr_db"] > 0
