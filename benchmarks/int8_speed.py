@@ -3,8 +3,8 @@
     python benchmarks/int8_speed.py                 # random:DiT-B-2-256, 10 steps, CUR 40 %; about ten minutes
 
 One run, contenders in turns, medians: float32 and W8A8 (what `hcompress quantize` makes of it by default: adaLN with
-8-bit weights and float32 inputs, embedders and last layers in float32), each dense and under one random mask, all
-`switch` or dense, so one session each with weights packed once.
+8-bit weights and float32 inputs, embedders and last layers in float32), each dense and under one random mask, in the
+layouts that `hcompress export` takes by itself.
 
 composed   speed-up of the cached W8A8 bundle over that of W8A8 alone times that of the cache alone
 products   what the profile of the W8A8 bundle says was run; time by operator is of its first call
@@ -61,8 +61,7 @@ def bundles(work: Path, model: str, steps: int, cur: float) -> dict[str, Bundle]
                 if bits == "W8A8" and not isinstance(setting.adapter, QuantizedAdapter):
                     setting = opened[0] = quantized(setting)
                 schedule = ruled(setting, f"random:{cur}") if cached else None
-                layout = "switch" if cached else "embedded"
-                deploy(setting, decide(setting, schedule, layout=layout), out, proven=False)
+                deploy(setting, decide(setting, schedule), out, proven=False)
             found[f"{bits}, {'cached' if cached else 'dense'}"] = open_bundle(out)
     return found
 
@@ -103,6 +102,7 @@ def main() -> None:
     except HcompressError as error:
         raise SystemExit(f"error: {error}") from error
     products = {name: ran[name] for name in (*OF_INTEGERS, *OF_FLOATS) if ran[name]}
+    figures |= {"layouts": {name: bundle.layout for name, bundle in found.items()}}
     figures |= {"mac_ratio": found["W8A8, cached"].mac_ratio, "products": products, "first_call_ms": spent_ms}
     result = described(args, figures)
     keep(args.results, "int8_speed", result, table(result))
@@ -120,7 +120,8 @@ def table(result: dict[str, Any]) -> str:
         "| | latency (ms) | speed-up |",
         "|---|---|---|",
     ]
-    lines += [f"| {name} | {ms:.0f} | {result['speedup'][name]:.2f} |" for name, ms in result["latency_ms"].items()]
+    for name, ms in result["latency_ms"].items():
+        lines.append(f"| {name}, `{result['layouts'][name]}` | {ms:.0f} | {result['speedup'][name]:.2f} |")
     products = ", ".join(f"{count} {name}" for name, count in result["products"].items())
     lines += ["", f"Composed: {result['composed']:.2f}. A dense W8A8 call runs {products}.", ""]
     for name, spent in result["first_call_ms"].items():
