@@ -52,6 +52,33 @@ def test_export_leaves_a_picture_and_what_the_schedule_asks(exported: Path) -> N
     assert {file.name for file in exported.iterdir()} == {"bundle", "bundle-dense"}
 
 
+def test_samples_are_the_same_in_a_grid_in_files_in_an_npz_and_in_parts(
+    hcompress: Any, exported: Path, tmp_path: Path
+) -> None:
+    def generate(labels: str, out: str, *more: object) -> None:
+        asked = ("generate", exported / "bundle", "--labels", labels, "--seed", 3, "--batch", 2, *more)
+        code, _, err = hcompress(*asked, "--out", tmp_path / out)
+        assert code == 0, err
+
+    generate("0,1,2,3,4", "grid.png")
+    generate("0,1,2,3,4", "all.npz")
+    generate("3,4", "files", "--first", 3)  # a later part before the first one
+    generate("0,1,2", "files")
+    pixels = np.load(tmp_path / "all.npz")["arr_0"]
+    assert pixels.shape == (5, 8, 8, 3) and pixels.dtype == np.uint8
+    assert [file.name for file in sorted((tmp_path / "files").iterdir())] == [f"{i:06}.png" for i in range(5)]
+    whole = picture(tmp_path / "grid.png")
+    for number, gray in enumerate(pixels[..., 0]):
+        assert np.array_equal(picture(tmp_path / "files" / f"{number:06}.png"), gray)
+        assert np.array_equal(whole[:, 10 * number : 10 * number + 8], gray)
+    code, _, err = hcompress("generate", exported / "bundle", "--labels", "0", "--out", tmp_path / "x.jpg")
+    assert code == 1 and "should be a .png (one grid), an .npz (pixels) or a folder" in err
+    code, _, err = hcompress(
+        "generate", exported / "bundle", "--labels", "0,1,9", "--batch", 1, "--out", tmp_path / "no"
+    )
+    assert code == 1 and not (tmp_path / "no").exists()  # before any is made
+
+
 def test_a_bundle_and_its_model_give_the_same_picture(
     hcompress: Any, exported: Path, tiny_run: Path, tmp_path: Path
 ) -> None:

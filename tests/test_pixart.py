@@ -109,7 +109,7 @@ def test_nothing_is_scored_on_a_prompt_that_it_learned_from(count: int) -> None:
 def test_without_prompts_of_its_own_it_says_what_is_missing() -> None:
     bare = make_pixart(own=False)
     for ask in (lambda: bare.random_condition(np.random.default_rng(0), 2), lambda: bare.even_conditions(2)):
-        with pytest.raises(ModelError, match=r"no prompts to draw from: put prompts\.safetensors into its folder"):
+        with pytest.raises(ModelError, match=r"no prompts to draw from: .* put prompts\.safetensors into its folder"):
             ask()
 
 

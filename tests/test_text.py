@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,27 @@ def test_from_text_to_a_picture(hcompress: Any, model: Path, tmp_path: Path) -> 
     assert hcompress("generate", bundle, *prompts)[0] == 0
 
 
+def test_captions_become_what_a_model_trains_on(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    run = ("train", own, "--method", "random", "--target-cur", 0.3, "--solver", "dpm++")
+    run = (*run, "--steps", 3, "--reuse", "corrected", "--set", "caching.fit_samples=8", "--set", "caching.fit_steps=0")
+    run = (*run, "--out", tmp_path / "run")
+    code, _, err = hcompress(*run)
+    assert code == 1 and "hcompress encode MODEL --from CAPTIONS.txt --for-training" in err
+    captions = tmp_path / "captions.txt"
+    captions.write_text("red apple\n\n  sad robot \nred robot\n")
+    asked = ("encode", own, "--from", captions, "--for-training")
+    made = Path(hcompress(*asked)[1].strip())
+    assert (own / "prompts.txt").read_text() == "red apple\nsad robot\nred robot\n"
+    kept, alone = load_file(made), encode(TextEncoder(model), ["red apple", "sad robot", "red robot"], 120)
+    assert made == own / "prompts.safetensors" and kept["prompt_embeds"].dtype == np.float16
+    np.testing.assert_allclose(kept["prompt_embeds"], alone["prompt_embeds"], atol=2e-3)  # fp16, values of a few
+    assert hcompress(*run, "--resume")[0] == 0
+    code, _, err = hcompress(*asked)
+    assert code == 1 and "is there already; delete it to have others" in err
+
+
 def test_what_does_not_fit_is_one_line(hcompress: Any, model: Path, encoder: Path, tmp_path: Path) -> None:
     make_dit().network.save_pretrained(tmp_path / "dit" / "transformer")
     make_pixart().network.save_pretrained(tmp_path / "bare" / "transformer")
@@ -105,7 +127,8 @@ def test_what_does_not_fit_is_one_line(hcompress: Any, model: Path, encoder: Pat
     wide = save_encoder(tmp_path / "wide", width=12)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
-    out = tmp_path / "no.safetensors"
+    out, empty = tmp_path / "no.safetensors", tmp_path / "empty.txt"
+    empty.write_text(" \n")
     for arguments, line in (
         ((tmp_path / "dit", "red"), "takes no text; it is conditioned on labels"),
         ((tmp_path / "bare", "red"), "comes without a text encoder; pass one as --encoder FOLDER"),
@@ -114,9 +137,16 @@ def test_what_does_not_fit_is_one_line(hcompress: Any, model: Path, encoder: Pat
         ((tmp_path / "bare", "red", "--encoder", wide), "gives 12 numbers a token, but"),
         ((model, "red " * 119), "has 121 tokens, but"),
         ((model, "red", "--negative", "sad " * 119), "shorten it"),
+        ((model,), "say what to encode"),
+        ((model, "--from", out), "cannot be read as a text file of prompts"),
+        ((model, "--from", empty), "holds no prompts; write one a line"),
+        ((model, "red", "--from", empty), "not both"),
+        ((model, "red", "--for-training"), "say where to"),
     ):
         code, _, err = hcompress("encode", *arguments, "--out", out)
         assert code == 1 and line in err and err.count("\n") == 1 and not out.exists(), err
+    code, _, err = hcompress("encode", "zoo:emoji-pixart", "red", "--for-training")
+    assert code == 1 and "--for-training is for a MODEL of yours" in err
 
 
 def test_the_zoos_encoder_is_fetched_by_a_verb_that_the_error_names(

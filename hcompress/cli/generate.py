@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hcompress_runtime.conditions import Given
+    from hcompress_runtime.conditions import Given, Input, Rows
 
-Generate = Callable[["Given"], "NDArray[np.float32]"]
+Generate = Callable[["Rows", int], "NDArray[np.float32]"]
+"""(conditions of some samples, number of the first) -> pictures, or latents that nothing decodes."""
 
 
 def generate(
     source: Annotated[str, typer.Argument(help="A bundle, or a MODEL to run in PyTorch.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="PNG to write, ten samples a row.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="A .png, ten samples a row; a folder, a PNG for each; an .npz.", show_default=False)
+    ],
     labels: Annotated[str | None, typer.Option(help="A class for each sample: 0,1,2", show_default=False)] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Text models: a file of embeddings, one sample for each; see FORMAT.md.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise; sample i draws stream i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise; sample i draws stream i of it.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first sample, where they are made in parts.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",
@@ -48,25 +52,34 @@ def generate(
     Example: hcompress generate bundle --labels 0,1,2 --seed 0 --out grid.png
     """
     from rich.console import Console
+    from rich.progress import Progress
 
-    from hcompress_runtime.files import write_atomically
-    from hcompress_runtime.images import png
+    from hcompress.gallery import gallery
+    from hcompress_runtime.conditions import complete, take
 
-    given = _given(labels, prompts)
-    with Console(stderr=True).status(f"loading {source}") as status:
+    given, (add, finish) = _given(labels, prompts), gallery(out)
+    console = Console(stderr=True)
+    with console.status(f"loading {source}"):
         if _is_bundle(Path(source)):
             _refuse({"--schedule": schedule, "--solver": solver, "--steps": steps, "--cfg": cfg})
-            backend, run = "onnxruntime", _from_bundle(source, seed, batch, threads, device)
+            backend, (inputs, run) = "onnxruntime", _from_bundle(source, seed, batch, threads, device)
         else:
-            backend, run = "torch", _from_model(source, seed, batch, threads, device, schedule, solver, steps, cfg)
-        status.update("generating")
-        begin = time.perf_counter()
-        samples = run(given)
-        latency_ms = 1e3 * (time.perf_counter() - begin)
-    write_atomically(out, png(samples))
+            asked = (schedule, solver, steps, cfg)
+            backend, (inputs, run) = "torch", _from_model(source, seed, batch, threads, device, *asked)
+    rows, latency_ms = complete(inputs, given), 0.0
+    count = len(next(iter(rows.values())))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("generating", total=count)
+        for begin in range(0, count, batch):
+            begun = time.perf_counter()
+            samples = run(take(rows, range(begin, min(begin + batch, count))), first + begin)
+            latency_ms += 1e3 * (time.perf_counter() - begun)
+            add(first + begin, samples)
+            bars.advance(task, len(samples))
+    finish()
     if as_json:
-        asked = {"prompts": str(prompts)} if prompts else {"labels": given}
-        print(json.dumps({"out": str(out), "backend": backend, **asked, "latency_ms": latency_ms}))
+        told = {"prompts": str(prompts)} if prompts else {"labels": given}
+        print(json.dumps({"out": str(out), "backend": backend, **told, "latency_ms": latency_ms}))
     else:
         print(out)
 
@@ -99,11 +112,15 @@ def _refuse(options: dict[str, object]) -> None:
         raise InputError(f"a bundle is frozen with its own {', '.join(told)}; leave that out, or export it again")
 
 
-def _from_bundle(bundle: str, seed: int, batch: int, threads: int | None, device: str) -> Generate:
+def _from_bundle(
+    bundle: str, seed: int, batch: int, threads: int | None, device: str
+) -> tuple[Mapping[str, Input], Generate]:
     from hcompress_runtime import Runtime
 
     runtime = Runtime(bundle, device, threads)
-    return lambda given: runtime.pictures(runtime.generate(given, seed, batch=batch))
+    return runtime.bundle.conditions, lambda rows, first: runtime.pictures(
+        runtime.generate(rows, seed, batch=batch, first=first)
+    )
 
 
 def _from_model(
@@ -116,7 +133,7 @@ def _from_model(
     solver: str | None,
     steps: int | None,
     cfg: float | None,
-) -> Generate:
+) -> tuple[Mapping[str, Input], Generate]:
     import torch
 
     from hcompress.models.decoder import load_decoder
@@ -142,20 +159,21 @@ def _from_model(
             print(note, file=sys.stderr)
     decoder = load_decoder(setting.model.folder)
 
-    def run(given: Given) -> NDArray[np.float32]:
+    def run(rows: Rows, first: int) -> NDArray[np.float32]:
         samples: torch.Tensor = sample_seeded(
             setting.adapter,
             setting.table,
-            given,
+            rows,
             seed=seed,
             cfg=setting.cfg,
             compute=learned.compute if learned else None,
             corrections=learned.corrections if learned else None,
             batch=batch,
+            first=first,
         )
         if decoder:
             with torch.no_grad():
                 samples = torch.cat([decoder(sample[None]) for sample in samples.cpu()])
         return samples.cpu().numpy()
 
-    return run
+    return setting.adapter.conditions, run

@@ -21,6 +21,7 @@ from hcompress.pruned import FILE as PRUNED
 from hcompress.pruned import load_pruned, read_base
 
 ZOO = Path(__file__).parent.parent / "zoo"
+WANTED = ["transformer/*", "scheduler/*", "vae/*", "model_index.json", "prompts.safetensors"]  # of the hub
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,29 @@ def _find(name: str) -> Path:
         raise ModelError(
             f"{name} is no diffusers folder: transformer/config.json is missing; pass the pipeline's folder"
         )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise ModelError(
             f"no model folder {name}; pass zoo:NAME, a local diffusers folder or a hub id ORGANISATION/NAME"
         )
     return _download(name)
 
 
-def _download(name: str) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether MODEL is neither a local path nor one of ours, but ORGANISATION/NAME."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def fetch_text_encoder(name: str) -> Path:
+    """The folder of a hub id, with its text encoder too, which samples from embeddings do not need.
+
+    Raises AbsentModel.
+    """
+    return _download(name, ["text_encoder/*", "tokenizer/*"])
+
+
+def _download(name: str, wanted: list[str] = WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["transformer/*", "scheduler/*", "vae/*", "model_index.json", "prompts.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # HTTP, proxy, offline, disk, a name that the hub does not allow: no common base

@@ -109,9 +109,9 @@ class PromptInputs:
     def _rows(self, choose: Callable[[int], NDArray[np.int64]]) -> Rows:
         if self.own is None:
             raise ModelError(
-                f"this model has no prompts to draw from: put {FILE} into its folder, a file with "
-                f"{', '.join(name for name in self.conditions if name != 'guidance')} (export/FORMAT.md), "
-                "made with its text encoder"
+                f"this model has no prompts to draw from: hcompress encode MODEL --from CAPTIONS.txt --for-training; "
+                f"or put {FILE} into its folder, with "
+                f"{', '.join(name for name in self.conditions if name != 'guidance')} (export/FORMAT.md)"
             )
         chosen = choose(len(self.own[next(iter(self.prompt))]))
         return {name: array[chosen] for name, array in self.own.items()}
