@@ -212,11 +212,12 @@ class Schedule:
         write_atomically(path, save(laid_out, {FORMAT: json.dumps(described, sort_keys=True)}))
 
     @staticmethod
-    def load(path: Path) -> Schedule:
+    def load(path: str | Path) -> Schedule:
         """Read a schedule, a file or that of a run folder or bundle.
 
         Raises ScheduleError where the file is absent, truncated or not a schedule.
         """
+        path = Path(path)
         if path.is_dir():
             path = path / "schedule.safetensors"
         if not path.is_file():
