@@ -23,7 +23,7 @@ from hcompress.models.decoder import Encoder, load_encoder
 from hcompress.pictures import SUFFIXES, UNREADABLE, picture_files, read_picture
 from hcompress.setting import Setting
 from hcompress.zoo.emoji import load_emoji
-from hcompress.zoo.fashion import load_fashion
+from hcompress.zoo.fashion import read_fashion
 from hcompress_runtime.noise import gaussian
 
 FLIP, LATENT_DRAW = 2, 1  # uses of chance, beside those of caching.problem and learning_to_cache
@@ -48,9 +48,12 @@ class Source(Protocol):
 @final
 @dataclass(frozen=True)
 class Arrays:
-    """Pictures float32[n, C, H, W] in [-1, 1] and their classes int64[n], where they have any, in memory."""
+    """Pictures uint8[n, C, H, W] and their classes int64[n], where they have any, in memory.
 
-    pixels: NDArray[np.float32]
+    Samples of another range are float32, and are given as they are.
+    """
+
+    pixels: NDArray[np.uint8] | NDArray[np.float32]
     labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -58,7 +61,8 @@ class Arrays:
 
     def picture(self, index: int) -> NDArray[np.float32]:
         """float32[C, H, W]."""
-        return self.pixels[index]
+        pixels = self.pixels[index].astype(np.float32)
+        return pixels / 127.5 - 1 if self.pixels.dtype == np.uint8 else pixels
 
     def name(self, index: int) -> str:
         """Its number."""
@@ -72,14 +76,13 @@ class Arrays:
 def _emoji() -> Arrays:
     """The emoji of a training, without their captions."""
     found = load_emoji()
-    shown = found.images[~found.held_out].transpose(0, 3, 1, 2)
-    return Arrays(shown.astype(np.float32) / 127.5 - 1)
+    return Arrays(found.images[~found.held_out].transpose(0, 3, 1, 2))
 
 
 # What a zoo model was trained on.
 ZOO_DATA: dict[str, Callable[[], Source]] = {
-    "zoo:fashion-dit": lambda: Arrays(*load_fashion("train")),
-    "zoo:fashion-uvit": lambda: Arrays(*load_fashion("train")),
+    "zoo:fashion-dit": lambda: Arrays(*read_fashion("train")),
+    "zoo:fashion-uvit": lambda: Arrays(*read_fashion("train")),
     "zoo:emoji-pixart": _emoji,
 }
 
