@@ -13,7 +13,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ Route = Callable[[int, Callable[[], Tensor]], Tensor]
 
 Condition = Mapping[str, Tensor]
 """What the sample is conditioned on, one row a sample: {"labels": int64[B]}, or the inputs of a text model."""
+
+Told: TypeAlias = int | Mapping[str, NDArray[Any]] | None
+"""What is known of an image: its class, or a row of a prompts file's tensors, made of its caption, or nothing."""
 
 
 def compute_all(branch: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -85,15 +88,23 @@ class Adapter(ABC, nn.Module):
         )
 
     @final
-    def image_condition(
-        self, classes: Sequence[int] | None, dropped: NDArray[np.bool_], rng: np.random.Generator
-    ) -> Condition:
-        """What images of these classes are trained with: the null condition where `dropped`, bool[B], or unknown."""
-        if classes is None:
-            condition, dropped = self.random_condition(rng, len(dropped)), np.ones_like(dropped)
+    def image_condition(self, told: Sequence[Told], dropped: NDArray[np.bool_], rng: np.random.Generator) -> Condition:
+        """What images are trained with of which `told` is known: null where that is nothing, or `dropped`, bool[B].
+
+        Where nothing is known of any, chance draws conditions, for the null ones that belong to them.
+        """
+        known = [one for one in told if one is not None]
+        if known:
+            filled = [known[0] if one is None else one for one in told]
+            classes = [one for one in filled if isinstance(one, int)]
+            prompts = [one for one in filled if isinstance(one, Mapping)]
+            condition = self.condition(
+                classes or {name: np.stack([one[name] for one in prompts]) for name in prompts[0]}
+            )
         else:
-            condition = self.label_condition(classes)
-        null, rows = self.null_condition(condition), torch.from_numpy(dropped).to(self.device)
+            condition = self.random_condition(rng, len(told))
+        without = dropped | np.array([one is None for one in told])
+        null, rows = self.null_condition(condition), torch.from_numpy(without).to(self.device)
         like = {name: rows.reshape(-1, *[1] * (null[name].ndim - 1)) for name in null}
         return {name: torch.where(like[name], null[name], condition[name]) for name in null}
 

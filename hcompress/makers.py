@@ -125,7 +125,7 @@ def _pruned(place: Place, cell: Cell, tell: Tell) -> Made:
         device=place.device,
         on_taylor=lambda step, steps, loss: tell("importance", step, steps),
         on_progress=lambda stage, rounds, progress: tell(stage, progress.round, rounds),
-        on_broken=place.notice,
+        on_notice=place.notice,
     )
     run = RunDir(place.out / cell.folder)
     shown = next((record["images"] for record in run.records() if record.get("stage") == "pruned"), 0)

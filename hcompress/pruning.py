@@ -61,13 +61,13 @@ def prune(
     device: str = "cpu",
     on_taylor: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     on_progress: Callable[[str, int, Progress], None] = lambda stage, rounds, progress: None,
-    on_broken: Callable[[str], object] = lambda line: None,
+    on_notice: Callable[[str], object] = lambda line: None,
 ) -> Pruned:
     """Prune and fine-tune as `recipe` says and leave `out`/pruned.safetensors. With `resume`, it goes on or is opened.
 
     on_taylor:   told of each step whose gradients count, of how many, and its loss
     on_progress: told of each round of the fine-tune
-    on_broken:   told of each image that cannot be read
+    on_notice:   told of images that cannot be read or have no caption, and of what takes its time
 
     Raises RunError where `out` cannot be used and in one of several processes, ModelError, DataError for images,
     MissingExtra without torch-pruning.
@@ -78,7 +78,7 @@ def prune(
     if resume and RunDir(out).pruned.is_file():
         run = open_run(out, recipe, resume=True)
         return Pruned(setting, with_adapter(setting, load_pruned(run.pruned, setting.adapter), str(out)))
-    images = open_images(setting, recipe.seed, settings.images, on_broken)
+    images = open_images(setting, recipe.seed, settings.images, on_notice)
     run = open_run(out, recipe, resume=resume)
     process = whole_process(setting)
     file = kept_of(out)
@@ -137,11 +137,11 @@ def find_kept(
     settings, adapter = recipe.prune, setting.adapter
     ratios = ratios_of(adapter, settings)
     read = partial(images.batch, flip=False)
-    x0, classes = in_parts(read, 0, settings.calibration, settings.micro_batch)
+    x0, told = in_parts(read, 0, settings.calibration, settings.micro_batch)
     streams = range(STREAMS - settings.calibration, STREAMS)
     noise = torch.from_numpy(gaussian(recipe.seed, streams, tuple(x0.shape[1:]))).to(x0.device)
     rng = np.random.default_rng(recipe.seed)
-    condition = adapter.image_condition(classes, np.zeros(len(x0), np.bool_), rng)
+    condition = adapter.image_condition(told, np.zeros(len(x0), np.bool_), rng)
     steps: list[float] = []
 
     def on_step(step: int, loss: float) -> None:

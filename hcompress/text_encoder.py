@@ -29,7 +29,9 @@ class TextEncoder:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         from transformers import AutoModelForTextEncoding, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of reading weights: it would be drawn across ours
         self.device = checked_device(device)
         apart = (folder / "text_encoder").is_dir()
         model, tokenizer = (folder / "text_encoder", folder / "tokenizer") if apart else (folder, folder)
@@ -52,7 +54,7 @@ class TextEncoder:
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, with those that the tokenizer adds."""
-        return [len(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
+        return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False)["input_ids"]]
 
     @torch.no_grad()
     def states(

@@ -89,9 +89,9 @@ def train(
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
-    meter = Meter(setting.adapter.device)
     problem = problem_of(setting, recipe.seed, ranks, on_notice)
     method = CACHING[recipe.caching.method](problem, recipe.caching)
+    meter = Meter(setting.adapter.device)  # not before: the images that a method opens are no memory of its training
     if resume and run.checkpoint.exists():
         method.restore(read_checkpoint(run.checkpoint))
     if writes:

@@ -14,12 +14,18 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from hcompress.errors import DataError
-from hcompress.images import Arrays, Folder, ImageStream, open_images
+from hcompress.images import ZOO_DATA, Arrays, Folder, ImageStream, open_images
+from hcompress.meter import CLEAR
 from hcompress.models.decoder import Decoder, load_encoder
+from hcompress.recipe import resolve
+from hcompress.rundir import RunDir
 from hcompress.schedule import Schedule
 from hcompress.setting import open_setting
+from hcompress.train import train
+from hcompress.zoo.fashion import fashion_folder, load_fashion
 
 CPU = torch.device("cpu")
+ZOO_MODEL = "zoo:fashion-dit"
 
 
 def paint(path, value, size=(8, 8)):
@@ -58,7 +64,7 @@ def test_a_broken_file_is_named_counted_once_and_replaced(tmp_path):
     said = []
     stream = stream_of(tmp_path, on_broken=said.append)
     samples, classes = stream.batch(0, 70, flip=False)
-    assert samples.shape == (70, 1, 8, 8) and classes is None
+    assert samples.shape == (70, 1, 8, 8) and classes == [None] * 70
     assert {value(sample) // 10 for sample in samples} == {0, 1, 2, 3, 4}
     assert sorted(stream.broken) == [str(tmp_path / name) for name in ("broken.png", "text.jpg")]
     assert len(said) == 2 and all("cannot be read (" in line and "\n" not in line for line in said)
@@ -97,7 +103,42 @@ def test_flipping_mirrors_half_of_them():
 
 def test_arrays_without_labels_are_of_no_class():
     pixels = np.zeros((2, 1, 8, 8), np.float32)
-    assert ImageStream(Arrays(pixels), 0, None, CPU).batch(0, 2, flip=False)[1] is None
+    assert ImageStream(Arrays(pixels), 0, None, CPU).batch(0, 2, flip=False)[1] == [None, None]
+
+
+@pytest.mark.skipif(not fashion_folder().is_dir(), reason="no Fashion-MNIST; hcompress zoo fetch-data fashion")
+def test_pictures_of_the_zoo_take_a_byte_a_pixel_and_are_what_its_models_were_trained_on():
+    source, (images, labels) = ZOO_DATA[ZOO_MODEL](), load_fashion("train")
+    assert source.pixels.nbytes == images.size
+    for index in range(0, len(source), 997):
+        picture = source.picture(index)
+        assert picture.dtype == np.float32 and np.array_equal(picture, images[index])
+        assert source.label(index) == labels[index]
+
+
+def train_zoo_model(out, method, rounds):
+    flags = {"model": ZOO_MODEL, "solver.steps": 4, "caching.method": method, "caching.beta": 1e-3}
+    train(resolve(None, flags | {f"caching.{rounds}": 1, "caching.batch": 1}), out)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="this system does not tell a process's peak")
+def test_what_images_take_in_memory_is_not_what_training_takes(tmp_path, monkeypatch):
+    count = 500_000  # 392 MB of them, of which training this model takes a fifth
+
+    def pictures():
+        return Arrays(np.full((count, 1, 28, 28), 7, np.uint8), np.zeros(count, np.int64))
+
+    monkeypatch.setitem(ZOO_DATA, ZOO_MODEL, pictures)
+    train_zoo_model(tmp_path, "learning-to-cache", "sweeps")
+    (record,) = RunDir(tmp_path).records()
+    assert 0 < record["peak_memory_bytes"] < count * 784 / 2
+
+
+def test_a_method_without_images_opens_none(tmp_path, monkeypatch):
+    monkeypatch.delitem(ZOO_DATA, ZOO_MODEL)
+    train_zoo_model(tmp_path / "harmonica", "harmonica", "trajectories")
+    with pytest.raises(DataError, match="comes with no images"):
+        train_zoo_model(tmp_path / "images", "learning-to-cache", "sweeps")
 
 
 def test_latents_are_drawn_from_what_the_vae_gives_and_decode_to_the_picture(tmp_path):

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CALLS, CFG, make_dit, make_pixart, make_uvit
+from conftest import CALLS, CFG, make_dit, make_pixart, make_prompts, make_uvit
 from PIL import Image
 from torch import Tensor
 
-from hcompress.adapter import Adapter, compute_all
+from hcompress.adapter import Adapter, Told, compute_all
 from hcompress.errors import ModelError, RecipeError
 from hcompress.lowbit.adapter import twin
 from hcompress.models.loading import load_model
@@ -177,11 +177,14 @@ def test_a_network_of_another_kind_is_refused() -> None:
 def tuning(adapter: Adapter, updates: int, **changes: Any) -> FineTune:
     settings = PruneSettings(**{"ratio": 0.5, "updates": updates, "batch": 4, "lr": 1e-3} | changes)
     pixels = torch.randn(64, *adapter.sample_shape, generator=torch.Generator().manual_seed(2)) / 3
-    labelled = "prompt_embeds" not in adapter.conditions
+    prompts = make_prompts(5) if "prompt_embeds" in adapter.conditions else None
 
-    def batch(first: int, count: int) -> tuple[Tensor, list[int] | None]:
+    def told(number: int) -> Told:
+        return {name: rows[number % len(rows)] for name, rows in prompts.items()} if prompts else number % 5
+
+    def batch(first: int, count: int) -> tuple[Tensor, list[Told]]:
         numbers = range(first, first + count)
-        return pixels[[number % 64 for number in numbers]], [number % 5 for number in numbers] if labelled else None
+        return pixels[[number % 64 for number in numbers]], [told(number) for number in numbers]
 
     table = probe(make_scheduler("ddim", {"num_train_timesteps": STEPS, "clip_sample": False}), 3)
     pruned = narrowed(adapter, KEPT)

@@ -14,7 +14,6 @@ from conftest import make_dit, make_pixart
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5EncoderModel
-from transformers.utils import logging
 
 from hcompress.errors import InputError
 from hcompress.text_encoder import TextEncoder, encode
@@ -26,7 +25,6 @@ WIDTH = 10  # of conftest's PixArt, which reads 5 tokens
 
 def save_encoder(folder: Path, tokenizer: Path | None = None, *, width: int = WIDTH, t5: bool = False) -> Path:
     """A random encoder in `folder`, its tokenizer beside it unless `tokenizer` says where."""
-    logging.disable_progress_bar()  # tests read what the command prints
     torch.manual_seed(0)
     if t5:
         small = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}

@@ -5,8 +5,8 @@ one DDIM step leads to the odd call, whose row takes one optimiser step, teacher
 
     L = mean (teacher - student)^2 + beta sum_i r[k, i]        (gaussian_diffusion.py, router_training_losses)
 
-As in the released code: no guidance, some labels dropped (the same in all three runs), the loss over all channels, a
-learned variance included, and slots that hold what the full call computed, since no slot is ever older than one call.
+As in the released code: no guidance, some labels or captions dropped (the same in all three runs), the loss over all
+channels, a learned variance included, and slots that hold what the full call computed, since none is older than a call.
 Rows that do not learn compute everything; the code counts rows from the other end, where the full ones are odd.
 
 The step is DDIM's whatever the solver: a solver with a memory would need images of the calls before. Where the solver
@@ -91,12 +91,12 @@ class LearningToCache:
         """This rank's images of iteration `number`, noised to `call`, and their conditions, some dropped."""
         batch = self.settings.batch
         first = (number * self.ranks.world + self.ranks.rank) * batch
-        x0, classes = self.images.batch(first, batch, flip=self.settings.flip)
+        x0, told = self.images.batch(first, batch, flip=self.settings.flip)
         streams = range(TRAINING_STREAMS + first, TRAINING_STREAMS + first + batch)
         noise = torch.from_numpy(gaussian(self.problem.seed, streams, self.adapter.sample_shape)).to(x0.device)
         chances = [self.problem.rng(stream, DROPOUT).random() for stream in streams]
         dropped = np.array(chances) < self.settings.label_dropout
-        kept = self.adapter.image_condition(classes, dropped, self.problem.rng(streams[0], DROPOUT))
+        kept = self.adapter.image_condition(told, dropped, self.problem.rng(streams[0], DROPOUT))
         return self.process.noised(call, x0, noise), kept
 
     def state(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from hcompress.adapter import Adapter, Condition
+from hcompress.adapter import Adapter, Condition, Told
 from hcompress.corrections import Corrections
 from hcompress.process import Process
 from hcompress.sampling import sample, solver_noises, start_noise
@@ -70,8 +70,8 @@ class Images(Protocol):
     def broken(self) -> list[str]:
         """Files that could not be read so far; others took their place."""
 
-    def batch(self, first: int, count: int, *, flip: bool) -> tuple[Tensor, list[int] | None]:
-        """Images `first` .. `first` + `count` - 1: samples [count, C, H, W], and a class for each where known."""
+    def batch(self, first: int, count: int, *, flip: bool) -> tuple[Tensor, list[Told]]:
+        """Images `first` .. `first` + `count` - 1: samples [count, C, H, W], and what is known of each."""
 
 
 @dataclass(frozen=True)

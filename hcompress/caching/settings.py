@@ -102,11 +102,11 @@ class LearningToCacheSettings(RouterSettings):
     """
 
     method: Literal["learning-to-cache"] = "learning-to-cache"
-    images: str | None = Field(None, description="folder of images, classes as sub-folders; None takes the zoo data")
+    images: str | None = Field(None, description="folder: classes as sub-folders, captions as NAME.txt; None: zoo data")
     sweeps: int = Field(200, ge=1, description="updates of each learned row, on average; T // 2 iterations each")
     batch: int = Field(8, ge=1, description="images an iteration and rank; guidance plays no part")
     flip: bool = Field(True, description="mirror every other image, as the paper does")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of images that lose their label; paper: 0.1")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of images that lose label or caption; paper: 0.1")
 
     def reusing_steps(self, steps: int) -> tuple[int, str]:
         """Half of them."""

@@ -75,7 +75,7 @@ def prune(
                 device=device,
                 on_taylor=lambda step, total, loss: display.count("importance", total, step, f"loss {loss:.3f}"),
                 on_progress=display.show,
-                on_broken=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+                on_notice=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
             )
     except KeyboardInterrupt:
         left = "the fine-tune goes on from there" if kept_of(out).is_file() else "importance is measured from the start"

@@ -1,11 +1,11 @@
 """Teaching a pruned model what it lost: the training of diffusion models, on real images, from where pruning left it.
 
-    L = mean (epsilon(x_t, t, y) - target)^2         t uniform over the training's steps, some labels dropped
+    L = mean (epsilon(x_t, t, y) - target)^2         t uniform over the training's steps
 
-(Ho et al. 2020, eq. 14; Ho and Salimans 2022). A learned variance is nothing that this loss teaches: it is held to that
-of the model as it was. The embedders of time and label are not pruned and stay as they are: diffusers keeps a copy in
-each block, and copies that drift apart would no longer be one. Images without captions teach a text model its null
-prompt alone.
+(Ho et al. 2020, eq. 14), some labels or captions dropped (Ho and Salimans 2022). A learned variance is nothing that
+this loss teaches: it is held to that of the model as it was. The embedders of time and label are not pruned and stay as
+they are: diffusers keeps a copy in each block, and copies that drift apart would no longer be one. Images without
+captions teach a text model its null prompt alone.
 
 All chance comes from streams numbered by update, so a resumed run draws what an uninterrupted one would have drawn.
 """
@@ -118,24 +118,24 @@ class FineTune:
         Images of one update are at one timestep each, drawn apart. What is drawn does not depend on the parts.
         """
         batch, adapter = self.settings.batch, self.pruned
-        x0, classes = in_parts(self.images, number * batch, batch, self.settings.micro_batch)
+        x0, told = in_parts(self.images, number * batch, batch, self.settings.micro_batch)
         streams = range(STREAMS + number * batch, STREAMS + (number + 1) * batch)
         noise = torch.from_numpy(gaussian(self.seed, streams, tuple(x0.shape[1:]))).to(x0.device)
         rng = self.rng(streams[0], LABEL)
-        condition = adapter.image_condition(classes, rng.random(batch) < self.settings.label_dropout, rng)
+        condition = adapter.image_condition(told, rng.random(batch) < self.settings.label_dropout, rng)
         steps = self.rng(streams[0], STEP).integers(len(self.process.alpha), size=batch)
         rows = [self.process.noised(step, x0[i], noise[i]) for i, step in enumerate(steps)]
         targets = torch.stack([self.process.target(step, x0[i], noise[i]) for i, step in enumerate(steps)])
         timesteps = torch.from_numpy(steps).float().to(x0.device)
         whole, channels = torch.stack(rows), x0.shape[1]
         for part in parts_of(batch, self.settings.micro_batch):
-            x, told = whole[part], {name: rows[part] for name, rows in condition.items()}
+            x, given = whole[part], {name: rows[part] for name, rows in condition.items()}
             constants = adapter.step_constants(timesteps[part])  # which learn, too
-            output = adapter(x, told, constants, compute_all)
+            output = adapter(x, given, constants, compute_all)
             loss = functional.mse_loss(output[:, :channels], targets[part])
             if output.shape[1] > channels:
                 with torch.no_grad():
-                    before = self.original(x, told, constants, compute_all)
+                    before = self.original(x, given, constants, compute_all)
                 loss = loss + functional.mse_loss(output[:, channels:], before[:, channels:])
             yield loss * (len(x) / batch)
 

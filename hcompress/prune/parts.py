@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Batch = Callable[[int, int], tuple[Tensor, list[int] | None]]
-"""(first, count) -> images [count, C, H, W] of an endless order, and their classes where they are known."""
+from hcompress.adapter import Told
+
+Batch = Callable[[int, int], tuple[Tensor, list[Told]]]
+"""(first, count) -> images [count, C, H, W] of an endless order, and what is known of each."""
 
 
 def parts_of(count: int, size: int | None) -> list[slice]:
@@ -16,8 +18,7 @@ def parts_of(count: int, size: int | None) -> list[slice]:
     return [slice(begin, min(begin + (size or count), count)) for begin in range(0, count, size or count)]
 
 
-def in_parts(images: Batch, first: int, count: int, size: int | None) -> tuple[Tensor, list[int] | None]:
+def in_parts(images: Batch, first: int, count: int, size: int | None) -> tuple[Tensor, list[Told]]:
     """`images`(first, count), read and encoded `size` at a time."""
     each = [images(first + part.start, part.stop - part.start) for part in parts_of(count, size)]
-    classes = [label for _, labels in each for label in labels or ()]
-    return torch.cat([x0 for x0, _ in each]), classes if len(classes) == count else None
+    return torch.cat([x0 for x0, _ in each]), [one for _, told in each for one in told]

@@ -20,7 +20,7 @@ class PruneSettings(BaseModel):
     method: Literal["diff-pruning"] = "diff-pruning"
     ratio: float | None = Field(None, gt=0, lt=1, description="share of each block's heads and MLP units to take out")
     target_speedup: float | None = Field(None, gt=1, description="the ratio whose MACs come nearest to falling by this")
-    images: str | None = Field(None, description="folder of images, classes as sub-folders; None takes the zoo data")
+    images: str | None = Field(None, description="folder: classes as sub-folders, captions as NAME.txt; None: zoo data")
     threshold: float = Field(0.05, ge=0, lt=1, description="gradients of a step count while L_t / L_max is above this")
     calibration: int = Field(64, ge=1, description="images whose losses say what matters")
     multiple: int = Field(8, ge=1, description="MLP units that stay are a multiple of this")
@@ -29,7 +29,7 @@ class PruneSettings(BaseModel):
     micro_batch: int | None = Field(None, ge=1, description="of them at a time, as memory allows; None: all at once")
     lr: Positive = Field(2e-4, description="AdamW's, falling linearly to 0 over the run; paper: 2e-4, constant")
     flip: bool = Field(True, description="mirror every other image")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of images that lose their label")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of images that lose their label or caption")
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:

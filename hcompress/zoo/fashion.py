@@ -27,7 +27,13 @@ def fashion_folder() -> Path:
 
 
 def load_fashion(split: str, folder: Path | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Images float32[n, 1, 28, 28] in [-1, 1] and labels int64[n] of `split` "train" or "t10k".
+    """Images float32[n, 1, 28, 28] in [-1, 1] and labels int64[n] of `split` "train" or "t10k", as `read_fashion`."""
+    pixels, labels = read_fashion(split, folder)
+    return pixels.astype(np.float32) / 127.5 - 1.0, labels
+
+
+def read_fashion(split: str, folder: Path | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images uint8[n, 1, 28, 28] and labels int64[n] of `split`, a quarter of the memory.
 
     Raises DataError where the files are absent.
     """
@@ -38,7 +44,6 @@ def load_fashion(split: str, folder: Path | None = None) -> tuple[NDArray[np.flo
             f"no Fashion-MNIST files in {folder}; install them with `apt-get install dataset-fashion-mnist` "
             "or get them with `hcompress zoo fetch-data fashion`"
         )
-    pixels = np.frombuffer(gzip.decompress(images_path.read_bytes())[IMAGE_HEADER_BYTES:], np.uint8)
-    labels = np.frombuffer(gzip.decompress(labels_path.read_bytes())[LABEL_HEADER_BYTES:], np.uint8)
-    images = pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 127.5 - 1.0
-    return images, labels.astype(np.int64)
+    pixels = np.frombuffer(gzip.decompress(images_path.read_bytes()), np.uint8, offset=IMAGE_HEADER_BYTES)
+    labels = np.frombuffer(gzip.decompress(labels_path.read_bytes()), np.uint8, offset=LABEL_HEADER_BYTES)
+    return pixels.reshape(-1, 1, 28, 28), labels.astype(np.int64)
