@@ -45,7 +45,7 @@ from hcompress.makers import MAKERS, Impossible, Made, Tell
 from hcompress.models.decoder import load_decoder
 from hcompress.recipe import Run, first_difference
 from hcompress.report.comparison import write_report
-from hcompress.report.published import Judge
+from hcompress.report.published import Judge, viewer_of
 from hcompress.report.quality import cost, distribution, left_out, paired
 from hcompress.rundir import environment
 from hcompress.runners import RUNNERS, Draw
@@ -85,8 +85,8 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
     """Finish all cells that are not finished, and write and return the report (hcompress.report.comparison).
 
     A cell that fails leaves the others alone; all that did are named in a RunError at the end, when the report is
-    written. So it is after an interruption. Raises RecipeError, ModelError, SolverError before anything is run, and
-    RunError where `out` holds something else or a cell was made by another recipe.
+    written. So it is after an interruption. Raises RecipeError, ModelError, SolverError, DataError before anything is
+    run, and RunError where `out` holds something else or a cell was made by another recipe.
     """
     cells, impossible = cells_of(comparison)
     ranks = launched_ranks(PATIENCE)
@@ -99,11 +99,14 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
                 watch.notice(line)
         cells = with_fewer_steps(comparison, cells, bench.setting)
         mine = cells[ranks.rank :: ranks.world]
+        kept = [bench.kept(cell) for cell in mine]
+        if None in kept:
+            bench.open_judge(_groups(mine))
         watch.start(mine)
         try:
-            for cell in mine:
+            for cell, row in zip(mine, kept, strict=True):
                 try:
-                    bench.finish(cell)
+                    bench.finish(cell, row)
                 except HcompressError as error:
                     if cell.name == UNCACHED or isinstance(error, RunError):
                         raise
@@ -177,12 +180,21 @@ class Bench:
         """The uncached model of `group`."""
         return self._settings(group)
 
-    def finish(self, cell: Cell) -> None:
-        """Make, sample and measure `cell`, as far as that is not done.
+    def open_judge(self, groups: Sequence[Run]) -> None:
+        """Read what the pictures of `groups` are judged by, where the comparison has a reference.
 
-        Raises RunError where another recipe or other weights made it.
+        Raises DataError, ModelError, MissingExtra, also for latents that nothing decodes.
         """
-        row = self._kept(cell)
+        asked = self.comparison
+        if asked.reference is None:
+            return
+        for group in groups:
+            viewer_of(self.setting(group))
+        weights = Path(asked.inception) if asked.inception else None
+        self._judge = Judge(Path(asked.reference), weights, asked.size, self.device, self.notice)
+
+    def finish(self, cell: Cell, row: dict[str, Any] | None) -> None:
+        """Make, sample and measure `cell`, as far as `row`, what is kept of it, does not hold that."""
         if row is None or self._timed_otherwise(row):
             row = {
                 "group": group_name(cell.group),
@@ -192,14 +204,18 @@ class Bench:
                 "budget": cell.budget,
                 "recipe": cell.recipe.model_dump(exclude_none=True),
                 "reference": self.comparison.reference,
+                "size": self.comparison.size,
                 "weights": self.setting(cell.group).identity.weight_hash,
                 **self._outcome(cell, row["figures"] if row else None),
             }
             write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
         self.watch.finished(cell, row)
 
-    def _kept(self, cell: Cell) -> dict[str, Any] | None:
-        """The finished row; None where there is none, or none with all that is asked for by now."""
+    def kept(self, cell: Cell) -> dict[str, Any] | None:
+        """The finished row; None where there is none, or none with all that is asked for by now.
+
+        Raises RunError where another recipe or other weights made it.
+        """
         file = row_file(self.out, cell, self.comparison)
         if not file.exists() or (cell.name == UNCACHED and not self._reference(cell).exists()):
             return None
@@ -217,7 +233,9 @@ class Bench:
                 f"{file.parent} was measured with other weights of {cell.group.model} ({row['weights'][:12]}, now "
                 f"{str(weights)[:12]}); pass another --out"
             )
-        return row if self.comparison.reference in (None, row.get("reference")) else None
+        asked = self.comparison
+        same = (row.get("reference"), row.get("size")) == (asked.reference, asked.size)
+        return row if asked.reference is None or same else None
 
     def _timed_otherwise(self, row: Mapping[str, Any]) -> bool:
         """Whether the times of a finished row are of other settings, or of another machine, than those of this call."""
@@ -291,11 +309,7 @@ class Bench:
 
     def _published(self, group: Setting, samples: Tensor, what: str) -> dict[str, float]:
         """FID and its kin, where the comparison names a reference."""
-        if self.comparison.reference is None:
-            return {}
-        if self._judge is None:
-            self._judge = Judge(Path(self.comparison.reference), device=self.device, say=self.notice)
-        return self._judge.of_samples(group, samples, what)
+        return {} if self._judge is None else self._judge.of_samples(group, samples, what)
 
     def _dense_runner(self, group: Run) -> Draw:
         name = group_name(group)

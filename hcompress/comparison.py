@@ -88,6 +88,8 @@ class Comparison(BaseModel):
     samples: int = Field(500, ge=1, description="to measure with, a cell; even shares of the classes")
     fewer_steps: bool = Field(True, description="rows of the uncached model with as many steps as a budget pays for")
     reference: str | None = Field(None, description="real pictures or their statistics, for FID and its kin")
+    size: int | None = Field(None, ge=1, description="of a reference folder's pictures, cut and scaled to this side")
+    inception: str | None = Field(None, description="Inception's weights as torch-fidelity has them; None: fetched")
     runner: Literal["torch", "onnxruntime"] = Field("torch", description="what samples and is timed")
     batch: int = Field(8, ge=1, description="samples at once when it is timed")
     rounds: int = Field(5, ge=1, description="how often it is timed; the median is taken")
@@ -148,9 +150,13 @@ def load_comparison(names: Sequence[str | Path], flags: Mapping[str, Any] | None
         settings = described
     settings = settings | {key: value for key, value in (flags or {}).items() if value is not None}
     try:
-        return Comparison.model_validate(settings, strict=True)
+        comparison = Comparison.model_validate(settings, strict=True)
     except ValidationError as error:
         raise RecipeError(_one_line(error)) from error
+    for key in ("size", "inception"):
+        if getattr(comparison, key) is not None and comparison.reference is None:
+            raise RecipeError(f"--{key} would do nothing: there is no --reference")
+    return comparison
 
 
 def numbers(flag: str, text: str | None, kind: type[Number]) -> list[Number] | None:

@@ -395,3 +395,27 @@ def test_eval_refuses_latents_that_nothing_decodes(hcompress: Any, weights: Path
     real = write_folder(tmp_path / "real", pictures(0, 4, 8))
     code, _, told = hcompress("eval", tmp_path / "model", "--reference", real, "--inception", weights, "--samples", 4)
     assert code == 1 and told.splitlines()[-1].startswith("error: ") and "model/vae is missing" in told
+
+
+def test_compare_opens_what_it_judges_by_before_anything_is_made(
+    hcompress: Any, weights: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """So that nothing is sampled in vain: without the reference, without weights, and for latents without a VAE."""
+    make_dit(channels=4).network.save_pretrained(tmp_path / "latent" / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "latent" / "scheduler")
+    real, rule = write_folder(tmp_path / "real", pictures(0, 4, 8)), "{method: random, target_cur: 0.4}"
+    refused = {
+        (tiny_run.parent / "model", tmp_path / "nowhere.npz", weights): "no reference",
+        (tiny_run.parent / "model", real, tmp_path / "absent.pth"): "absent.pth cannot be read as Inception's weights",
+        (tmp_path / "latent", real, weights): "vae is missing",
+    }
+    recipe = tmp_path / "rule.yaml"
+    for number, ((model, reference, network), said) in enumerate(refused.items()):
+        recipe.write_text(f"model: {model}\nsolver: {{steps: {CALLS}}}\ncaching: {rule}\n")
+        given = ("--reference", reference, "--inception", network, "--samples", 4, "--out", tmp_path / f"{number}")
+        code, _, stderr = hcompress("compare", recipe, *given)
+        assert code == 1 and said in stderr and stderr.count("error: ") == 1
+        assert not [file for file in (tmp_path / f"{number}").iterdir() if file.is_dir()]
+    for flag, value in {"--size": 8, "--inception": weights}.items():
+        code, _, stderr = hcompress("compare", recipe, flag, value, "--out", tmp_path / "none")
+        assert code == 1 and stderr == f"error: {flag} would do nothing: there is no --reference\n"
