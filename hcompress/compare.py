@@ -38,7 +38,17 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, in_order, row_file
+from hcompress.comparison import (
+    UNCACHED,
+    Cell,
+    Comparison,
+    cells_of,
+    fewer_steps,
+    group_name,
+    in_order,
+    read_row,
+    row_file,
+)
 from hcompress.errors import HcompressError, RunError
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.makers import MAKERS, Impossible, Made, Tell
@@ -219,9 +229,11 @@ class Bench:
         file = row_file(self.out, cell, self.comparison)
         if not file.exists() or (cell.name == UNCACHED and not self._reference(cell).exists()):
             return None
-        row: dict[str, Any] = json.loads(file.read_text())
+        if (row := read_row(file)) is None:
+            self.notice(f"{file} is cut off or no row; it is measured anew, from what was made")
+            return None
         try:
-            made_by = type(cell.recipe).model_validate(row["recipe"])
+            made_by = type(cell.recipe).model_validate(row.get("recipe"))
         except ValidationError as error:
             raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
         if difference := first_difference(made_by, cell.recipe):

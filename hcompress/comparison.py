@@ -21,6 +21,7 @@ each with its own uncached row and its own fewer steps.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -224,6 +225,15 @@ def fewer_steps(cells: Iterable[Cell], share: Mapping[str, float]) -> list[Cell]
 def row_file(out: Path, cell: Cell, comparison: Comparison) -> Path:
     """Where the finished `cell` lies in the folder of a comparison."""
     return out / cell.folder / f"row-{comparison.samples}-{comparison.runner}.json"
+
+
+def read_row(file: Path) -> dict[str, Any] | None:
+    """A finished row; None of a file that is not there, or cut off."""
+    try:
+        row = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return row if isinstance(row, dict) and not row.keys().isdisjoint(("figures", "impossible")) else None
 
 
 def group_name(group: Run) -> str:

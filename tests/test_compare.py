@@ -23,7 +23,7 @@ from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, lo
 from hcompress.errors import ModelError, RunError
 from hcompress.makers import MAKERS
 from hcompress.recipe import Run
-from hcompress.report.comparison import best_rows
+from hcompress.report.comparison import best_rows, write_report
 from hcompress.report.comparison_progress import ComparisonDisplay
 from hcompress.runners import RUNNERS
 from hcompress.schedule import Schedule
@@ -210,6 +210,22 @@ def test_rows_of_earlier_versions_are_measured_anew_from_what_was_trained(asked,
         assert row["weights"] and row["measured"]["batch"] == 2
         # one thread adds up in another order than two: 4e-6 dB of 50 were seen
         assert untimed(file) == pytest.approx(untimed(done / file.relative_to(out)), rel=1e-5)
+
+
+@pytest.mark.parametrize("left", [b"", b'{"figures": {"cur"', b"[]", b"\xff\xfe", b"{}"])
+def test_a_row_that_cannot_be_read_is_measured_anew_and_that_is_said(asked, done, tmp_path, left):
+    out, one_seed = tmp_path / "out", asked.model_copy(update={"seeds": [0]})
+    shutil.copytree(done, out)
+    (file,) = out.rglob("harmonica*seed-0/row-*.json")
+    file.write_bytes(left)
+    assert write_report(one_seed, cells_of(one_seed)[0], [], out)["finished"] == 4  # of 5, fewer steps aside
+    compare(one_seed, out, watch := Watched())
+    assert {(name, what) for name, _, what in watch.told} == {
+        ("HarmoniCa", what) for what in ("sampling", "measuring", "timing")
+    }
+    (line,) = watch.notices
+    assert str(file) in line and "measured anew" in line
+    assert untimed(file) == pytest.approx(untimed(done / file.relative_to(out)), rel=1e-5)  # as above
 
 
 def test_a_model_whose_weights_have_changed_is_refused_with_the_way_out(tiny_run, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, row_file
+from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, read_row, row_file
 from hcompress.report.measured import described, recorded
 from hcompress_runtime.files import write_atomically
 
@@ -84,10 +84,10 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
     def group_of(name: str) -> dict[str, Any]:
         return groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
 
-    finished = [(cell, file) for cell in cells if (file := row_file(out, cell, comparison)).exists()]
+    finished = [(cell, row) for cell in cells if (row := read_row(row_file(out, cell, comparison)))]
     rows: dict[tuple[str, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
-    for cell, file in finished:
-        rows.setdefault(cell.row, []).append((cell, json.loads(file.read_text())))
+    for cell, row in finished:
+        rows.setdefault(cell.row, []).append((cell, row))
     for cell in sorted(cells, key=lambda cell: cell.name == FEWER_STEPS):
         group = group_of(group_name(cell.group))
         group["methods"] += [cell.name] * (cell.name not in group["methods"])
