@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hcompress.caching.settings import MISSED
 from hcompress.errors import RecipeError
 from hcompress.recipe import Recipe, Run, SolverSettings, find, read, resolve_any
 from hcompress.recipe_errors import section_of
@@ -55,6 +56,7 @@ POINTS = {  # goals of a recipe, as a table says them
     "every": lambda every: f"every {every}",
     "keys": lambda keys: f"{len(keys)} key calls",
 }
+ROUNDING = 1e-9
 
 Number = TypeVar("Number", int, float)
 
@@ -239,6 +241,17 @@ def read_row(file: Path) -> dict[str, Any] | None:
 def group_name(group: Run) -> str:
     """What people call a group."""
     return f"{group.model}, {group.solver.name}, {group.solver.steps} steps, guidance {group.cfg:g}"
+
+
+def missed(recipe: Run, cur: float, mac_ratio: float) -> str | None:
+    """ "missed: CUR 12 % of 40 %" of a row that was to reach a CUR or a speed-up and did not, as `train` has it."""
+    section = None if type(recipe) is Run else _section(recipe)
+    wanted, speedup = getattr(section, "target_cur", None), getattr(section, "target_speedup", None)
+    if wanted and abs(cur - wanted) > MISSED + ROUNDING:
+        return f"missed: CUR {100 * cur:.3g} % of {100 * wanted:g} %"
+    if speedup and abs(1 / mac_ratio - 1 / speedup) > MISSED + ROUNDING:
+        return f"missed: MACs / {mac_ratio:.2f} of {speedup:g}"
+    return None
 
 
 def _group_of(recipe: Run) -> Run:

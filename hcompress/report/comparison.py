@@ -9,13 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, read_row, row_file
+from hcompress.comparison import (
+    FEWER_STEPS,
+    UNCACHED,
+    Cell,
+    Comparison,
+    LeftOut,
+    group_name,
+    missed,
+    read_row,
+    row_file,
+)
+from hcompress.recipe import Recipe
 from hcompress.report.measured import described, recorded
 from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
-NEAR = 0.03  # of its budget: a row whose CUR, or share of steps saved, comes no nearer is not ranked
+NEAR = 0.03  # of its budget: fewer steps whose share of steps saved comes no nearer are not ranked
 SHORT = 1.0  # seconds that are no training cost
 SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
@@ -76,7 +87,8 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
     """The whole report as one JSON object; figures are {"mean", "std", "seeds"}, see `spread`.
 
     {"title", "samples", "runner", "seeds", "finished", "cells", "measured": see hcompress.report.measured, "groups":
-    [{"name", "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out":
+    [{"name", "methods", "rows": [{"name", "point", "budget", "missed": see hcompress.comparison, "seeds",
+    "reused_nothing": of the seeds those whose schedule is uncached, "folders", "figures", "training"}], "left_out":
     [{"name", "point", "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
@@ -93,14 +105,18 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
         group["methods"] += [cell.name] * (cell.name not in group["methods"])
     for (where, name, point), found in rows.items():
         if kept := [(cell, row) for cell, row in found if "figures" in row]:
+            figures = spread([row["figures"] for _, row in kept])
+            cached = [(cell.seed, row["figures"]["cur"]) for cell, row in kept if isinstance(cell.recipe, Recipe)]
             group_of(where)["rows"].append(
                 {
                     "name": name,
                     "point": point,
                     "budget": kept[0][0].budget,
+                    "missed": missed(kept[0][0].recipe, figures["cur"]["mean"], figures["mac_ratio"]["mean"]),
                     "seeds": [cell.seed for cell, _ in kept],
+                    "reused_nothing": [seed for seed, cur in cached if cur == 0],
                     "folders": [str(cell.folder) for cell, _ in kept],
-                    "figures": spread([row["figures"] for _, row in kept]),
+                    "figures": figures,
                     "training": spread([_with_update_ms(row["training"]) for _, row in kept]),
                 }
             )
@@ -210,7 +226,7 @@ def quality_table(group: Mapping[str, Any]) -> list[list[str]]:
     columns = columns_of(group)
     table = [["method", "budget", *(column.head for column in columns.values())]]
     for row in group["rows"]:
-        table.append([row["name"], row["point"], *(written(row["figures"].get(key), columns[key]) for key in columns)])
+        table.append([row["name"], point_of(row), *(written(row["figures"].get(key), columns[key]) for key in columns)])
     if floors := floors_of(group):
         table.append([REAL, "", *(written(floors.get(key), columns[key]) for key in columns)])
     return table
@@ -221,8 +237,14 @@ def training_table(group: Mapping[str, Any]) -> list[list[str]]:
     table = [["method", "budget", *(column.title for column in TRAINING.values())]]
     for row in trained_rows(group):
         cells = [written(row["training"].get(key), column) for key, column in TRAINING.items()]
-        table.append([row["name"], row["point"], *cells])
+        table.append([row["name"], point_of(row), *cells])
     return table
+
+
+def point_of(row: Mapping[str, Any]) -> str:
+    """At which budget a row is; by how much it missed that."""
+    said: str = row["missed"] or row["point"]
+    return said
 
 
 def trained_rows(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -249,11 +271,10 @@ def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
     column = columns_of(group)[key]
     budgets: dict[float, list[int]] = {}
     for index, row in enumerate(group["rows"]):
-        if row["budget"] is None or key not in row["figures"]:
+        if row["budget"] is None or row["missed"] or key not in row["figures"]:
             continue
-        fewer, figures = row["name"] == FEWER_STEPS, row["figures"]
-        reached = 1 - 1 / figures["mac_ratio"]["mean"] if fewer else figures["cur"]["mean"]
-        if abs(reached - row["budget"]) <= NEAR:
+        saved = 1 - 1 / row["figures"]["mac_ratio"]["mean"]
+        if row["name"] != FEWER_STEPS or abs(saved - row["budget"]) <= NEAR:
             budgets.setdefault(row["budget"], []).append(index)
     sign = -1 if column.better == "lower" else 1
     mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731
