@@ -216,7 +216,7 @@ class Bench:
                 "reference": self.comparison.reference,
                 "size": self.comparison.size,
                 "weights": self.setting(cell.group).identity.weight_hash,
-                **self._outcome(cell, row["figures"] if row else None),
+                **self._outcome(cell, row),
             }
             write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
         self.watch.finished(cell, row)
@@ -268,8 +268,8 @@ class Bench:
             "packages": {name: installed["packages"][name] for name in versions},
         }
 
-    def _outcome(self, cell: Cell, known: Mapping[str, float] | None) -> dict[str, Any]:
-        """Its figures and what it took, or why there is no such schedule. `known`: figures but for new times."""
+    def _outcome(self, cell: Cell, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Its figures and what it took, or why there is no such schedule. `known`: a row that is timed anew."""
         tell = partial(self.watch.doing, cell)
         try:
             made = MAKERS[type(cell.recipe)](self, cell, tell)
@@ -278,8 +278,10 @@ class Bench:
         folder = self.out / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         with RUNNERS[self.comparison.runner](made.setting, made.schedule, folder) as draw:
-            figures = {**(known or self._figures(cell, made, draw, tell)), **self._times(cell, draw, tell)}
-        return {"figures": figures, "training": made.training, "measured": self._conditions()}
+            figures = known["figures"] if known else self._figures(cell, made, draw, tell)
+            times = self._times(cell, draw, tell)
+        notes = known.get("notes", []) if known else self._notes(cell)
+        return {"figures": figures | times, "notes": notes, "training": made.training, "measured": self._conditions()}
 
     def _times(self, cell: Cell, draw: Draw, tell: Tell) -> dict[str, float]:
         """latency_ms, and speedup over the uncached model, in turns with it."""
@@ -322,6 +324,11 @@ class Bench:
     def _published(self, group: Setting, samples: Tensor, what: str) -> dict[str, float]:
         """FID and its kin, where the comparison names a reference."""
         return {} if self._judge is None else self._judge.of_samples(group, samples, what)
+
+    def _notes(self, cell: Cell) -> list[str]:
+        """What to know about the figures of `cell`, all of them taken."""
+        own = left_out(self.setting(cell.group), self.comparison.samples)
+        return [*([own] if own else []), *(self._judge.said if self._judge else [])]
 
     def _dense_runner(self, group: Run) -> Draw:
         name = group_name(group)

@@ -88,9 +88,11 @@ class Comparison(BaseModel):
     recipes: list[Entry] = Field(min_length=1, description="what is compared")
     budgets: list[Annotated[float, Field(gt=0, lt=1)]] | None = Field(None, description="target CURs; None: as written")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="of training and of noise")
-    samples: int = Field(500, ge=1, description="to measure with, a cell; even shares of the classes")
+    samples: int = Field(500, ge=1, description="to measure with, a cell; if not given the recipes' metrics.samples")
     fewer_steps: bool = Field(True, description="rows of the uncached model with as many steps as a budget pays for")
-    reference: str | None = Field(None, description="real pictures or their statistics, for FID and its kin")
+    reference: str | None = Field(
+        None, description="real pictures or their statistics, for FID and its kin; if not given the recipes' own"
+    )
     size: int | None = Field(None, ge=1, description="of a reference folder's pictures, cut and scaled to this side")
     inception: str | None = Field(None, description="Inception's weights as torch-fidelity has them; None: fetched")
     runner: Literal["torch", "onnxruntime"] = Field("torch", description="what samples and is timed")
@@ -153,7 +155,7 @@ def load_comparison(names: Sequence[str | Path], flags: Mapping[str, Any] | None
         settings = described
     settings = settings | {key: value for key, value in (flags or {}).items() if value is not None}
     try:
-        comparison = Comparison.model_validate(settings, strict=True)
+        comparison = _measured_as_recipes_say(Comparison.model_validate(settings, strict=True))
     except ValidationError as error:
         raise RecipeError(_one_line(error)) from error
     for key in ("size", "inception"):
@@ -176,10 +178,7 @@ def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
     for entry in comparison.recipes:
-        file = find(entry.recipe)
-        if "recipes" in read(file):
-            raise RecipeError(f"{entry.recipe} is itself a comparison; pass it alone")
-        base = resolve_any(file, entry.set | {key: values[0] for key, values in entry.vary.items()})
+        file, base = find(entry.recipe), _base_of(entry)
         group, name = _group_of(base), entry.name or _name_of(base)
         for point, flags in _points(comparison, entry, base):
             try:
@@ -252,6 +251,33 @@ def missed(recipe: Run, cur: float, mac_ratio: float) -> str | None:
     if speedup and abs(1 / mac_ratio - 1 / speedup) > MISSED + ROUNDING:
         return f"missed: MACs / {mac_ratio:.2f} of {speedup:g}"
     return None
+
+
+def _base_of(entry: Entry) -> Run:
+    """Its recipe, under the first of the values that it varies."""
+    file = find(entry.recipe)
+    if "recipes" in read(file):
+        raise RecipeError(f"{entry.recipe} is itself a comparison; pass it alone")
+    return resolve_any(file, entry.set | {key: values[0] for key, values in entry.vary.items()})
+
+
+def _measured_as_recipes_say(comparison: Comparison) -> Comparison:
+    """With the samples and the reference of its recipes' `metrics`, where it says nothing of them itself."""
+    said: dict[str, Any] = {}
+    for key in ("samples", "reference"):
+        if key in comparison.model_fields_set:
+            continue
+        found: dict[Any, str] = {}
+        for entry in comparison.recipes:
+            metrics = _base_of(entry).metrics
+            if metrics and key in metrics.model_fields_set:
+                found.setdefault(getattr(metrics, key), entry.recipe)
+        if len(found) > 1:
+            wanted = ", ".join(f"{value} ({name})" for value, name in found.items())
+            raise RecipeError(f"the recipes differ in metrics.{key}: {wanted}; pass --{key}")
+        if found:
+            (said[key],) = found
+    return comparison.model_copy(update=said)
 
 
 def _group_of(recipe: Run) -> Run:

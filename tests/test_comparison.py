@@ -100,6 +100,26 @@ def test_a_recipe_may_be_changed_named_and_varied(tmp_path):
     ]
 
 
+def test_samples_and_reference_are_the_recipes_unless_it_says_so_itself(tmp_path):
+    recipes = [tmp_path / f"{name}.yaml" for name in ("one", "same", "silent", "other")]
+    for recipe, metrics in zip(
+        recipes, ("{samples: 70, reference: a.npz}",) * 2 + (None, "{samples: 80}"), strict=True
+    ):
+        recipe.write_text(find(RULE).read_text() + (f"\nmetrics: {metrics}\n" if metrics else ""))
+    one, same, silent, other = recipes
+
+    def asked(*names: Path, **flags: object) -> tuple[int, str | None]:
+        found = load_comparison(names, flags)
+        return found.samples, found.reference
+
+    assert asked(one, same, silent) == (70, "a.npz") and asked(silent) == (500, None)
+    assert asked(one, other, samples=9) == (9, "a.npz") and asked(one, reference="b.npz") == (70, "b.npz")
+    with pytest.raises(RecipeError, match=r"differ in metrics.samples: 70 \(.*one.yaml\), 80 \(.*\); pass --samples$"):
+        asked(one, other)
+    said = written(tmp_path, f"recipes: [{one}, {other}]\nsamples: 3\nreference: null\n")
+    assert asked(said) == (3, None)
+
+
 REFUSED = {
     "recipes: []\n": r"recipes = \[\]",
     "recipes: [absent]\n": "no recipe 'absent'",

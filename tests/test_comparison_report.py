@@ -156,3 +156,20 @@ def test_a_speedup_that_was_not_reached_is_missed_as_well():
     recipe = resolve(None, {"model": "any", "caching.target_speedup": 1.5})
     assert missed(recipe, 0.4, 1.47) is None  # of MACs saved, 0.33 and 0.32
     assert missed(recipe, 0.1, 1.1) == "missed: MACs / 1.10 of 1.5"
+
+
+def test_what_holds_of_some_figures_names_their_rows(tmp_path):
+    """As where the reference was changed and the rows are not all measured anew yet."""
+    comparison = asked()
+    cells = cells_of(comparison)[0]
+    judged = {"reference": "a.npz", "size": 64, "notes": ["fid of 6 samples is mostly bias"]}
+    for cell in cells:
+        keep(tmp_path, comparison, cell, "figures", **(judged if cell.name == "FORA" else {"reference": "b.npz"}))
+    for file in tmp_path.rglob("fora*/row-*.json"):
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps(row | {"figures": row["figures"] | {"fid": 122.64}}))
+    write_report(comparison, cells, [], tmp_path)
+    for file in ("compare.md", "compare.html"):
+        said = (tmp_path / file).read_text()
+        assert "fid of 6 samples is mostly bias (FORA CUR 40 %)." in said
+        assert "compare with a.npz, cut to 64 pixels (FORA CUR 40 %)." in said and "b.npz" not in said

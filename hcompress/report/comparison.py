@@ -21,13 +21,14 @@ from hcompress.comparison import (
     row_file,
 )
 from hcompress.recipe import Recipe
-from hcompress.report.measured import described, recorded
+from hcompress.report.measured import described, listed, recorded
 from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
 NEAR = 0.03  # of its budget: fewer steps whose share of steps saved comes no nearer are not ranked
 SHORT = 1.0  # seconds that are no training cost
+JUDGED = "FID, sFID, KID, precision and recall compare with"
 SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
 
@@ -88,8 +89,8 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
 
     {"title", "samples", "runner", "seeds", "finished", "cells", "measured": see hcompress.report.measured, "groups":
     [{"name", "methods", "rows": [{"name", "point", "budget", "missed": see hcompress.comparison, "seeds",
-    "reused_nothing": of the seeds those whose schedule is uncached, "folders", "figures", "training"}], "left_out":
-    [{"name", "point", "seeds", "reason"}]}]}
+    "reused_nothing": of the seeds those whose schedule is uncached, "folders", "figures", "training", "references",
+    "notes": what to know about its figures}], "left_out": [{"name", "point", "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
 
@@ -118,6 +119,8 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
                     "folders": [str(cell.folder) for cell, _ in kept],
                     "figures": figures,
                     "training": spread([_with_update_ms(row["training"]) for _, row in kept]),
+                    "references": [*dict.fromkeys(_reference(row) for _, row in kept if "fid" in row["figures"])],
+                    "notes": [*dict.fromkeys(note for _, row in kept for note in row.get("notes", []))],
                 }
             )
         reasons: dict[str, list[int]] = {}
@@ -164,7 +167,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for group in report["groups"]:
         parts.append(f"## {group['name']}")
         if group["rows"]:
-            parts += [_markdown_table(quality_table(group)), meaning(report, group)]
+            parts += [_markdown_table(quality_table(group)), meaning(report, group), *note_lines(group)]
         if len(cost := training_table(group)) > 1:
             parts += ["Training, a seed:", _markdown_table(cost)]
         parts += left_out_lines(report, group)
@@ -198,6 +201,17 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
             "score at the same number of samples is the floor."
         )
     return said
+
+
+def note_lines(group: Mapping[str, Any]) -> list[str]:
+    """What the rows say of their figures: the reference, and what too few samples do; of which, where not of all."""
+    found: dict[str, list[str]] = {}
+    for row in group["rows"]:
+        for line in (*(f"{JUDGED} {reference}" for reference in row["references"]), *row["notes"]):
+            found.setdefault(line, []).append(f"{row['name']} {row['point']}".strip())
+    return [
+        f"{line}{'' if len(names) == len(group['rows']) else f' ({listed(names)})'}." for line, names in found.items()
+    ]
 
 
 def left_out_lines(report: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
@@ -285,6 +299,11 @@ def _name(cell: Cell, several: bool) -> str:
     """What a sentence calls a cell, of one among `several` groups."""
     name = " ".join(filter(None, (cell.name, cell.point, f"seed {cell.seed}")))
     return f"{cell.row[0]}: {name}" if several else name
+
+
+def _reference(row: Mapping[str, Any]) -> str:
+    """What the pictures of a finished row were judged by."""
+    return row["reference"] + (f", cut to {row['size']} pixels" if row.get("size") else "")
 
 
 def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:

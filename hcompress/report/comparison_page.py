@@ -24,6 +24,7 @@ from hcompress.report.comparison import (
     floors_of,
     left_out_lines,
     meaning,
+    note_lines,
     point_of,
     trained_rows,
     training_table,
@@ -90,6 +91,7 @@ def _group(group: Mapping[str, Any], out: Path, report: Mapping[str, Any]) -> st
             "<h3>All figures</h3>",
             _table(group),
             f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
+            *(f'<p class="note">{escape(line)}</p>' for line in note_lines(group)),
         ]
         parts += [_sheets(group, out, report["samples"]), _training(group)]
     return f"<section>{''.join(parts)}</section>"
@@ -111,8 +113,8 @@ def _plots(group: Mapping[str, Any], series: Sequence[str]) -> str:
     if not panels:
         return ""
     note = (
-        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. What reuses nothing is in "
-        "the table alone. A button takes a method out."
+        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. What reuses nothing is "
+        "in the table alone. A button takes a method out."
     )
     return (
         f'<h3>Quality against cost</h3><div class="keys">{keys}</div><div data-panels="0">{"".join(panels)}</div>'
