@@ -138,7 +138,8 @@ def with_fewer_steps(comparison: Comparison, cells: list[Cell], setting: Callabl
         return cells
     graphs = {group_name(group): setting(group).adapter.graph for group in _groups(cells)}
     share = {name: float(graph.macs.sum() / graph.call_macs) for name, graph in graphs.items()}
-    return in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+    paid = {cell.folder: cell for cell in fewer_steps(cells, share)}  # in place of those that were asked for
+    return in_order([*(cell for cell in cells if cell.folder not in paid), *paid.values()], comparison.seeds)
 
 
 def _groups(cells: Sequence[Cell]) -> list[Run]:
@@ -215,7 +216,7 @@ class Bench:
                 "recipe": cell.recipe.model_dump(exclude_none=True),
                 "reference": self.comparison.reference,
                 "size": self.comparison.size,
-                "weights": self.setting(cell.group).identity.weight_hash,
+                "weights": self.setting(cell.own).identity.weight_hash,
                 **self._outcome(cell, row),
             }
             write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
@@ -240,9 +241,9 @@ class Bench:
             raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
         if "weights" not in row:  # as earlier versions left it
             return None
-        if (weights := self.setting(cell.group).identity.weight_hash) != row["weights"]:
+        if (weights := self.setting(cell.own).identity.weight_hash) != row["weights"]:
             raise RunError(
-                f"{file.parent} was measured with other weights of {cell.group.model} ({row['weights'][:12]}, now "
+                f"{file.parent} was measured with other weights of {cell.own.model} ({row['weights'][:12]}, now "
                 f"{str(weights)[:12]}); pass another --out"
             )
         asked = self.comparison

@@ -16,6 +16,13 @@ recipes/compare/NAME.yaml describes one:
 A budget is a target CUR. A method that has none runs as its recipe says; without budgets all do. What a method cannot
 reach is left out of the table, with the reason. Settings of different models, solvers, steps or guidance are groups,
 each with its own uncached row and its own fewer steps.
+
+Recipes that reuse nothing (`interval`, every call) are uncached models: with the steps of a group they are its uncached
+row, with fewer they are rows of fewer steps. They join the group of their model, solver and guidance whose steps are
+the next more. A model that was made from another joins that one's group by `baseline`:
+
+      - {recipe: fashion-dit_ddim20_interval, set: {caching.every: 1, solver.steps: 15}}     # fewer steps, 15
+      - {recipe: mine_on_w8a8.yaml, name: W8A8 with HarmoniCa, baseline: zoo:fashion-dit}
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hcompress.caching.settings import MISSED
+from hcompress.caching.settings import MISSED, IntervalSettings
 from hcompress.errors import RecipeError
 from hcompress.recipe import Recipe, Run, SolverSettings, find, read, resolve_any
 from hcompress.recipe_errors import section_of
@@ -68,6 +75,7 @@ class Entry(BaseModel):
 
     recipe: str = Field(description="a shipped recipe or a file")
     name: str | None = Field(None, min_length=1, description="of its rows; None: the method's")
+    baseline: str | None = Field(None, description="MODEL to compare with, if the recipe's own was made from it")
     set: dict[str, Any] = Field({}, description="settings by dotted path that replace the recipe's")
     vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, max_length=1, description="one setting and its values, in place of budgets"
@@ -125,6 +133,11 @@ class Cell:
     budget: float | None = None
 
     @property
+    def own(self) -> Run:
+        """The model that its recipe starts from, as it is: the group's, or one that was made from that."""
+        return self.group if self.recipe.model == self.group.model else _as_it_is(self.recipe)
+
+    @property
     def row(self) -> tuple[str, str, str]:
         """Group, name and point, which its seeds share."""
         return group_name(self.group), self.name, self.point
@@ -179,7 +192,7 @@ def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
     left_out: list[LeftOut] = []
     for entry in comparison.recipes:
         file, base = find(entry.recipe), _base_of(entry)
-        group, name = _group_of(base), entry.name or _name_of(base)
+        group, name = _as_it_is(base, entry.baseline), entry.name or _name_of(base)
         for point, flags in _points(comparison, entry, base):
             try:
                 made = [resolve_any(file, entry.set | flags | {"seed": seed}) for seed in comparison.seeds]
@@ -188,12 +201,15 @@ def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
                     raise
                 left_out.append(LeftOut(group, name, point, str(error)))
                 continue
+            if entry.name and _reuses_nothing(made[0]):
+                raise RecipeError(f"{entry.recipe} reuses nothing: it is no {entry.name!r} but uncached; drop the name")
             cells += [Cell(group, name, point, recipe.seed, recipe, _budget_of(recipe)) for recipe in made]
     if not cells:
         raise RecipeError(f"no recipe reaches a budget of {comparison.budgets}: {left_out[0].reason}")
+    cells = _in_groups(cells)
     groups = {group_name(cell.group): cell.group for cell in cells}
     uncached = [Cell(group, UNCACHED, "", seed, group) for group in groups.values() for seed in comparison.seeds]
-    cells = in_order([*uncached, *cells], comparison.seeds)
+    cells = in_order([*uncached, *(cell for cell in cells if cell.name != UNCACHED)], comparison.seeds)
     for folder, count in Counter(cell.folder for cell in cells).items():
         if count > 1:
             raise RecipeError(f"{count} rows are called {folder.name.rpartition('_')[0]}; give each a name of its own")
@@ -280,8 +296,41 @@ def _measured_as_recipes_say(comparison: Comparison) -> Comparison:
     return comparison.model_copy(update=said)
 
 
-def _group_of(recipe: Run) -> Run:
-    return Run(model=recipe.model, solver=recipe.solver, cfg=recipe.cfg)
+def _in_groups(cells: Sequence[Cell]) -> list[Cell]:
+    """`cells`; those that reuse nothing are UNCACHED in the group with their steps, FEWER_STEPS in that with more."""
+    groups = [cell.group for cell in cells if not _reuses_nothing(cell.recipe)]
+    alone = [cell.group for cell in cells if _reuses_nothing(cell.recipe)]
+    for group in sorted(alone, key=_steps, reverse=True):
+        groups += [] if _above(group, groups) else [group]
+    found = []
+    for cell in cells:
+        if _reuses_nothing(cell.recipe):
+            group = min(_above(cell.group, groups), key=_steps)
+            fewer = _steps(cell.group) < _steps(group)
+            name, point = (FEWER_STEPS, f"{_steps(cell.group)} steps") if fewer else (UNCACHED, "")
+            found.append(Cell(group, name, point, cell.seed, cell.group))
+        else:
+            found.append(cell)
+    return found
+
+
+def _above(group: Run, groups: Iterable[Run]) -> list[Run]:
+    """Those of `groups` that differ from `group` in nothing but steps, and have no fewer."""
+    same = lambda one: (one.model, one.solver.name, one.cfg)  # noqa: E731
+    return [one for one in groups if same(one) == same(group) and _steps(one) >= _steps(group)]
+
+
+def _steps(group: Run) -> int:
+    return group.solver.steps
+
+
+def _reuses_nothing(recipe: Run) -> bool:
+    return isinstance(recipe, Recipe) and isinstance(recipe.caching, IntervalSettings) and recipe.caching.every == 1
+
+
+def _as_it_is(recipe: Run, model: str | None = None) -> Run:
+    """The uncached model of a recipe, or another `model` in its place."""
+    return Run(model=model or recipe.model, solver=recipe.solver, cfg=recipe.cfg)
 
 
 def _budget_of(recipe: Run) -> float | None:
@@ -308,6 +357,8 @@ def _points(comparison: Comparison, entry: Entry, base: Run) -> list[tuple[str, 
         ((key, values),) = entry.vary.items()
         said = POINTS.get(key.rpartition(".")[2], lambda value: f"{key.rpartition('.')[2]} {value}")
         return [(said(value), {key: value}) for value in values]
+    if _reuses_nothing(base):
+        return [("", {})]
     if comparison.budgets and "target_cur" in type(section).model_fields:
         return [(POINTS["target_cur"](budget), {BUDGET: budget}) for budget in comparison.budgets]
     goals = [said(goal) for key, said in POINTS.items() if (goal := getattr(section, key, None)) is not None]

@@ -22,7 +22,8 @@ from hcompress.compare import compare
 from hcompress.comparison import FEWER_STEPS, UNCACHED, Comparison, cells_of, load_comparison, missed
 from hcompress.errors import ModelError, RunError
 from hcompress.makers import MAKERS
-from hcompress.recipe import Run, resolve
+from hcompress.quantize import quantize
+from hcompress.recipe import Run, resolve, resolve_quant
 from hcompress.report.comparison import best_rows, write_report
 from hcompress.report.comparison_progress import ComparisonDisplay
 from hcompress.runners import RUNNERS
@@ -62,7 +63,7 @@ def recipe(folder: Path, name: str, model: Path, section: str) -> str:
 
 HARMONICA = "caching: {method: harmonica, trajectories: 4, batch: 1, lr: 2.0, init: -2.0, target_cur: 0.4}"
 RANDOM = "caching: {method: random, target_cur: 0.4}"
-NOTHING = "caching: {method: interval, every: 1}"
+NOTHING = "caching: {method: smoothcache, alpha: 1.0e-9, samples: 1}"  # no error is that small
 INT8 = "quant: {method: int8-max, samples: 1, batch: 1}"
 
 
@@ -74,7 +75,7 @@ def asked(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Compariso
     names = [recipe(folder, name, model, section) for name, section in sections.items()]
     asked = {"title": "Tiny & <quick>", "budgets": [0.4], "seeds": [0, 1], "samples": 3, "batch": 2, "rounds": 1}
     comparison = load_comparison(names, asked)
-    nothing = comparison.recipes[2].model_copy(update={"vary": {"caching.every": [1]}})
+    nothing = comparison.recipes[2].model_copy(update={"vary": {"caching.alpha": [1e-9]}})
     return comparison.model_copy(update={"recipes": [*comparison.recipes[:2], nothing, comparison.recipes[3]]})
 
 
@@ -116,7 +117,7 @@ def test_a_row_is_the_mean_and_the_spread_of_its_seeds(done):
 
 def test_what_reuses_nothing_is_the_uncached_model_from_the_same_noise(done):
     found = rows(done)
-    uncached, nothing = found[UNCACHED]["figures"], found["FORA every 1"]["figures"]
+    uncached, nothing = found[UNCACHED]["figures"], found["SmoothCache alpha 1e-09"]["figures"]
     assert nothing["relative_l2"]["mean"] == nothing["relative_l2"]["std"] == 0.0
     assert nothing["mac_ratio"]["mean"] == 1.0 == uncached["speedup"]["mean"] and "psnr_db" not in uncached
     assert nothing["macs"] == uncached["macs"]
@@ -213,6 +214,35 @@ def test_rows_of_earlier_versions_are_measured_anew_from_what_was_trained(asked,
         assert row["weights"] and row["measured"]["batch"] == 2
         # one thread adds up in another order than two: 4e-6 dB of 50 were seen
         assert untimed(file) == pytest.approx(untimed(done / file.relative_to(out)), rel=1e-5)
+
+
+def test_few_bits_with_a_cache_are_compared_with_the_float_model_and_fewer_steps_may_be_asked_for(tiny_run, tmp_path):
+    """All in one group, whose uncached row is there once although it is asked for."""
+    model, few_bits = tiny_run.parent / "model", tmp_path / "w8a8"
+    nothing, int8, rule = (
+        recipe(tmp_path, *one)
+        for one in (
+            ("nothing", model, "caching: {method: interval, every: 1}"),
+            ("int8", model, INT8),
+            ("rule", few_bits, RANDOM),
+        )
+    )
+    quantize(resolve_quant(Path(int8)), few_bits)
+    both = {"recipe": rule, "name": "int8-max with reuse", "baseline": str(model)}
+    asked = {"recipes": [nothing, {"recipe": nothing, "set": {"solver.steps": 2}}, int8, both], "budgets": [0.4]}
+    asked |= {"seeds": [0], "samples": 2, "batch": 1, "rounds": 1}
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump(asked))
+    compare(load_comparison([tmp_path / "asked.yaml"]), tmp_path / "out", Watched())
+    found = {
+        name: {key: value["mean"] for key, value in row["figures"].items()}
+        for name, row in rows(tmp_path / "out").items()
+    }
+    names = [UNCACHED, "fewer steps 2 steps", "int8-max with reuse CUR 40 %", "fewer steps 3 steps", "int8-max w8a8"]
+    assert [*found] == names
+    uncached, fewer, both, _, alone = (found[name] for name in names)
+    assert fewer["mac_ratio"] == pytest.approx(5 / 2) and both["cur"] == 0.4 and both["mac_ratio"] > 1
+    assert both["megabytes"] == alone["megabytes"] < uncached["megabytes"]
+    assert both["relative_l2"] > alone["relative_l2"] > 0
 
 
 @pytest.mark.parametrize("left", [b"", b'{"figures": {"cur"', b"[]", b"\xff\xfe", b"{}"])

@@ -11,9 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, cells_of, fewer_steps, group_name, load_comparison
+from hcompress.comparison import (
+    FEWER_STEPS,
+    UNCACHED,
+    Cell,
+    Comparison,
+    Entry,
+    cells_of,
+    fewer_steps,
+    group_name,
+    load_comparison,
+)
 from hcompress.errors import RecipeError
-from hcompress.recipe import COMPARISONS, SolverSettings, find, shipped
+from hcompress.recipe import COMPARISONS, Run, SolverSettings, find, shipped
 
 LEARNED, RULE, FEW_BITS = (f"fashion-dit_ddim20_{name}" for name in ("harmonica", "interval", "int8-max"))
 
@@ -72,6 +82,47 @@ def test_recipes_of_other_models_solvers_or_steps_are_groups_of_their_own():
     groups = {group_name(cell.group): cell.group.solver for cell in cells}
     assert [*groups.values()] == [SolverSettings(name="ddim", steps=steps) for steps in (20, 10)]
     assert sum(cell.name == UNCACHED for cell in cells) == 2
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    cached=st.sets(st.integers(10, 30), max_size=3),
+    uncached=st.sets(st.integers(2, 40), min_size=1, max_size=4),
+    other=st.sampled_from(({}, {"cfg": 2.0}, {"solver.name": "unipc"}, {"model": "other"})),
+)
+def test_what_reuses_nothing_is_the_uncached_row_of_its_steps_or_fewer_of_the_next_more(cached, uncached, other):
+    """Where no method has as many steps, or the same model, solver and guidance, the most are a group of their own."""
+    asked = [Entry(recipe=RULE, set={"solver.steps": steps, "caching.every": 2}) for steps in cached]
+    asked += [Entry(recipe=RULE, set={"solver.steps": steps, "caching.every": 1} | other) for steps in uncached]
+    cells = [cell for cell in cells_of(Comparison(recipes=asked, seeds=[0]))[0] if type(cell.recipe) is Run]
+    setting = {"model": "zoo:fashion-dit", "solver.name": "ddim", "cfg": 1.5}
+    tops = set() if other else cached
+    tops = tops | {max(uncached)} if max(uncached) > max(tops, default=0) else tops
+    wanted = {(*setting.values(), steps, UNCACHED, steps) for steps in cached}
+    setting |= other
+    wanted |= {(*setting.values(), steps, UNCACHED, steps) for steps in tops}
+    wanted |= {
+        (*setting.values(), min(top for top in tops if top >= steps), FEWER_STEPS, steps) for steps in uncached - tops
+    }
+    found = [
+        (
+            cell.group.model,
+            cell.group.solver.name,
+            cell.group.cfg,
+            cell.group.solver.steps,
+            cell.name,
+            cell.recipe.solver.steps,
+        )
+        for cell in cells
+    ]
+    assert {*found} == wanted and len(found) == len(wanted)
+
+
+def test_a_model_that_was_made_from_another_is_in_its_group_with_a_recipe_of_its_own():
+    asked = [FEW_BITS, Entry(recipe=LEARNED, set={"model": "runs/w8a8"}, baseline="zoo:fashion-dit", name="both")]
+    uncached, few_bits, both = cells_of(Comparison(recipes=asked, seeds=[0]))[0]
+    assert uncached.group == few_bits.group == both.group == few_bits.own and both.own.model == "runs/w8a8"
+    assert group_name(both.own) == group_name(both.group).replace("zoo:fashion-dit", "runs/w8a8")
 
 
 def test_without_budgets_recipes_run_as_they_are_and_few_bits_have_none():
@@ -133,6 +184,7 @@ REFUSED = {
     "recipes: [fashion-dit_ddim20]\n": "itself a comparison",
     f"recipes: [{{recipe: {LEARNED}, set: {{caching.treshold: 1}}}}]\n": "did you mean 'caching.threshold'",
     f"recipes: [{{recipe: {LEARNED}, vary: {{caching.every: [2]}}}}]\n": "unknown key 'caching.every'",
+    f"recipes: [{{recipe: {RULE}, name: dense, set: {{caching.every: 1}}}}]\n": "it is no 'dense' but uncached",
 }
 
 

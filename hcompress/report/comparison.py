@@ -306,10 +306,14 @@ def _reference(row: Mapping[str, Any]) -> str:
     return row["reference"] + (f", cut to {row['size']} pixels" if row.get("size") else "")
 
 
-def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:
-    """Uncached, then budget by budget with fewer steps last, then what has no budget; otherwise as it was asked for."""
-    budget = row["budget"]
-    return row["name"] != UNCACHED, budget is None, budget or 0.0, row["name"] == FEWER_STEPS
+def _table_order(row: Mapping[str, Any]) -> tuple[int, bool, float, bool]:
+    """Uncached, with the steps asked for, fewer, as budgets pay for last in each; then what has no budget.
+
+    Otherwise as it was asked for.
+    """
+    budget, fewer = row["budget"], row["name"] == FEWER_STEPS
+    first = 0 if row["name"] == UNCACHED else 1 if fewer and budget is None else 2
+    return first, budget is None, budget or 0.0, fewer
 
 
 def spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
