@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ from hcompress.recipe import COMPARISONS, Run, SolverSettings, find, shipped
 LEARNED, RULE, FEW_BITS = (f"fashion-dit_ddim20_{name}" for name in ("harmonica", "interval", "int8-max"))
 
 
+README = Path(__file__).parents[1] / "recipes" / "README.md"
+PUBLISHED = [section for section in README.read_text().split("\n## ") if "\nAs " in section and "`compare/" in section]
+
+
 def written(folder: Path, text: str) -> Path:
     file = folder / "mine.yaml"
     file.write_text(text)
@@ -42,6 +47,29 @@ def test_all_shipped_comparisons_have_cells_and_say_what_they_are(name):
     head = find(name).read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines()) and f"hcompress compare {name} --out" in head
     assert all("out of reach" in one.reason for one in left_out)
+
+
+@pytest.mark.parametrize("section", PUBLISHED)
+def test_all_published_tables_are_comparisons_of_their_recipes(section):
+    """A row a recipe, in as many groups as the table has baselines: none of it needs the weights to be told."""
+    comparisons = [
+        load_comparison([name]) for name in re.findall(r"`compare/([^`]+)`\.?,? ?", section.partition("|")[0])
+    ]
+    listed = {line.split("|")[3].strip(" `") for line in section.splitlines() if line.startswith("|")} - {
+        "recipe",
+        "---",
+    }
+    asked = [entry.recipe for comparison in comparisons for entry in comparison.recipes]
+    missing = {*asked} - listed  # the baselines that a table takes from another
+    assert listed <= {*asked} and len({*asked}) == len(asked) and all("interval1" in name for name in missing)
+    for comparison in comparisons:
+        cells, left_out = cells_of(comparison)
+        rows, groups = {cell.row for cell in cells}, {cell.row[0] for cell in cells}
+        baselines = [entry for entry in comparison.recipes if "interval1" in entry.recipe]
+        assert len(rows) == len(comparison.recipes) + (not baselines) and not left_out
+        fewer = [cell for cell in cells if cell.name == FEWER_STEPS and cell.seed == comparison.seeds[0]]
+        assert len(groups) == max(1, len(baselines) - len(fewer))
+        assert comparison.reference is not None or section.startswith("Training")
 
 
 @settings(deadline=None, max_examples=20)
