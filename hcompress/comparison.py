@@ -54,6 +54,7 @@ NAMES = {  # of methods, as their authors write them; all others go by their own
     "ptq4dit": "PTQ4DiT",
     "diff-pruning": "Diff-Pruning",
 }
+OURS = "sensitivity"  # a lambda of HarmoniCa that is not its paper's
 UNCACHED, FEWER_STEPS, BUDGET = "uncached", "fewer steps", "caching.target_cur"
 POINTS = {  # goals of a recipe, as a table says them
     "target_cur": lambda cur: f"CUR {100 * cur:g} %",
@@ -343,11 +344,15 @@ def _section(recipe: Run) -> Any:
 
 
 def _name_of(recipe: Run) -> str:
-    """What its rows are called: its method, the format if in few bits, and what reuse yields if not the slot."""
+    """What its rows are called: its method, the format if in few bits, and what reuse yields if not the slot.
+
+    A method's own name is for what its authors do; OURS is said.
+    """
     section = _section(recipe)
-    reuse = getattr(section, "reuse", "plain")
+    reuse, proxy = getattr(section, "reuse", "plain"), getattr(section, "proxy", None)
     parts = [NAMES.get(section.method, section.method), getattr(section, "resolved_format", "")]
-    return " ".join(filter(None, [*parts, "" if reuse == "plain" else reuse]))
+    name = " ".join(filter(None, [*parts, "" if reuse == "plain" else reuse]))
+    return f"{name}, {proxy}" if proxy == OURS else name
 
 
 def _points(comparison: Comparison, entry: Entry, base: Run) -> list[tuple[str, dict[str, Any]]]:

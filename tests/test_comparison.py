@@ -157,7 +157,7 @@ def test_without_budgets_recipes_run_as_they_are_and_few_bits_have_none():
     cells, _ = cells_of(load_comparison([LEARNED, FEW_BITS], {"seeds": [0]}))
     assert [(cell.name, cell.point) for cell in cells] == [
         (UNCACHED, ""),
-        ("HarmoniCa", "CUR 40 %"),
+        ("HarmoniCa, sensitivity", "CUR 40 %"),
         ("int8-max w8a8", ""),
     ]
     with_budgets, _ = cells_of(load_comparison([LEARNED, FEW_BITS], {"seeds": [0], "budgets": [0.2, 0.3]}))
@@ -199,6 +199,13 @@ def test_samples_and_reference_are_the_recipes_unless_it_says_so_itself(tmp_path
     assert asked(said) == (3, None)
 
 
+def test_only_what_the_paper_does_has_the_plain_name_of_its_method():
+    proxies = {"leave_one_out": "HarmoniCa", "cumulative": "HarmoniCa", "sensitivity": "HarmoniCa, sensitivity"}
+    for proxy, name in proxies.items():
+        entry = Entry(recipe=LEARNED, set={"caching.proxy": proxy})
+        assert cells_of(Comparison(recipes=[entry], seeds=[0]))[0][1].name == name
+
+
 REFUSED = {
     "recipes: []\n": r"recipes = \[\]",
     "recipes: [absent]\n": "no recipe 'absent'",
@@ -208,7 +215,7 @@ REFUSED = {
     f"recipes: [{LEARNED}]\nbudgets: [0.97]\n": "no recipe reaches a budget .*ceiling is 19/20",
     f"recipes: [{LEARNED}]\nseeds: [1, 1]\n": "holds one twice",
     f"recipes: [{LEARNED}]\nrunner: abacus\n": "runner = 'abacus'",
-    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called harmonica_cur-40",
+    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called harmonica-sensitivity_cur-40",
     "recipes: [fashion-dit_ddim20]\n": "itself a comparison",
     f"recipes: [{{recipe: {LEARNED}, set: {{caching.treshold: 1}}}}]\n": "did you mean 'caching.threshold'",
     f"recipes: [{{recipe: {LEARNED}, vary: {{caching.every: [2]}}}}]\n": "unknown key 'caching.every'",
