@@ -384,4 +384,6 @@ def _one_line(invalid: ValidationError) -> str:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
         return f"unknown key '{path}'; {hint}"
+    if path.startswith("budgets.") and isinstance(given := errors[0]["input"], int | float) and 1 <= given < 100:
+        return f"comparison: {path} = {given:g}: a budget is a share of 1; {given / 100:g} means {given:g} %"
     return f"comparison: {path} = {errors[0]['input']!r}: {errors[0]['msg'].removeprefix('Value error, ')}"

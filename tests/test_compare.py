@@ -148,6 +148,9 @@ def test_only_rows_that_kept_to_their_budget_are_ranked():
         assert best_rows({"rows": [far, worse, near, steps]}, key) == {2}
         assert best_rows({"rows": [near, row(FEWER_STEPS, 0.0, 1.67, 60.0)]}, key) == {1}
         assert best_rows({"rows": [near, far]}, key) == set()  # of one there is no best
+        same, level = row("same", 0.4, 1.7, 30.000001), row("level", 0.4, 1.7, 30.0)
+        assert best_rows({"rows": [near, worse, same]}, key) == {0, 2}  # as they are written
+        assert best_rows({"rows": [near, same, level]}, key) == set()  # nor of equals
 
 
 def test_training_cost_is_what_the_run_recorded(done):

@@ -281,7 +281,10 @@ def written(figure: Mapping[str, float] | None, column: Column) -> str:
 
 
 def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
-    """Numbers of the rows whose mean is the best of their budget, among several that kept to it."""
+    """Numbers of the rows whose mean is the best of their budget as it is written, among several that kept to it.
+
+    Rows that share it are the best together, unless all do.
+    """
     column = columns_of(group)[key]
     budgets: dict[float, list[int]] = {}
     for index, row in enumerate(group["rows"]):
@@ -290,9 +293,13 @@ def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
         saved = 1 - 1 / row["figures"]["mac_ratio"]["mean"]
         if row["name"] != FEWER_STEPS or abs(saved - row["budget"]) <= NEAR:
             budgets.setdefault(row["budget"], []).append(index)
-    sign = -1 if column.better == "lower" else 1
-    mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731
-    return {max(indices, key=mean) for indices in budgets.values() if len(indices) > 1}
+    sign, best = -1 if column.better == "lower" else 1, set()
+    for indices in budgets.values():
+        means = {index: group["rows"][index]["figures"][key]["mean"] for index in indices}
+        shown = {index: sign * round(column.scale * mean, column.digits) for index, mean in means.items()}
+        if len({*shown.values()}) > 1:
+            best |= {index for index, mean in shown.items() if mean == max(shown.values())}
+    return best
 
 
 def _name(cell: Cell, several: bool) -> str:
