@@ -459,6 +459,8 @@ REPORT_THE_PAGE = """<script>addEventListener("load", () => {
     seen, points, before, after, tip, panels: panels(), sorted: column(),
     undrawn: [...document.images].filter((image) => !image.naturalWidth).length, images: document.images.length,
     plots: [...document.querySelectorAll("[data-panels]")[0].querySelectorAll("svg")].map((svg) => svg.getBBox().width),
+    cost: document.querySelectorAll("table")[0].tHead.rows[0].cells[6].getBoundingClientRect().right,
+    head: document.querySelectorAll("table")[0].tHead.rows[0].cells[6].innerText,
     overflow: document.documentElement.scrollWidth - innerWidth,
   };
   document.documentElement.innerHTML = "<pre>" + JSON.stringify(verdict).replace(/</g, "&lt;") + "</pre>";
@@ -485,3 +487,6 @@ def test_a_browser_draws_the_whole_page_and_has_nothing_to_complain_of(done, tmp
     ratios = [float(text.split()[0]) for text in verdict["sorted"] if text]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) > 5
     assert verdict["overflow"] <= 0  # nothing but tables scrolls sideways
+    assert verdict["head"].startswith("size") and (
+        verdict["cost"] < 1280 or width < 1280
+    )  # and no laptop for the costs

@@ -21,7 +21,7 @@ from hcompress.comparison import (
     row_file,
 )
 from hcompress.recipe import Recipe
-from hcompress.report.measured import described, listed, recorded
+from hcompress.report.measured import UNRECORDED, described, listed, recorded
 from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
@@ -51,6 +51,9 @@ class Column:
 COLUMNS = {
     "cur": Column("CUR (%)", 1, None, "cost", 100),
     "mac_ratio": Column("MACs /", 2, "higher", "cost"),
+    "latency_ms": Column("latency (ms)", 1, "lower", "cost"),
+    "speedup": Column("speed-up", 2, "higher", "cost"),
+    "megabytes": Column("size (MB)", 1, "lower", "cost"),
     "psnr_db": Column("PSNR (dB)", 2, "higher"),
     "ssim": Column("SSIM", 3, "higher"),
     "relative_l2": Column("rel. L2", 3, "lower"),
@@ -70,9 +73,6 @@ COLUMNS = {
     "retrieval": Column("retrieval", 3, "higher"),
     "fd_efflite0": Column("FD-EffLite0", 3, "lower"),
     "kid_efflite0": Column("KID-EffLite0 × 1000", 2, "lower"),
-    "latency_ms": Column("latency (ms)", 1, "lower", "cost"),
-    "speedup": Column("speed-up", 2, "higher", "cost"),
-    "megabytes": Column("size (MB)", 1, "lower", "cost"),
 }
 UNSHOWN = {"macs"}  # said by mac_ratio
 TRAINING = {
@@ -225,14 +225,12 @@ def left_out_lines(report: Mapping[str, Any], group: Mapping[str, Any]) -> list[
 
 
 def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:
-    """The columns that some row of a group has a figure for, in order; unknown metrics between quality and latency."""
+    """The columns that some row of a group has a figure for, cost first: a page is not as wide as all metrics."""
     present = dict.fromkeys(key for row in group["rows"] for key in row["figures"])
     known = {key: column for key, column in COLUMNS.items() if key in present}
-    own = {
+    return known | {
         key: Column(key, 3) for key in present if key not in COLUMNS and not key.endswith(FLOOR) and key not in UNSHOWN
     }
-    last = {key: column for key, column in known.items() if key in ("latency_ms", "speedup", "megabytes")}
-    return {key: column for key, column in known.items() if key not in last} | own | last
 
 
 def quality_table(group: Mapping[str, Any]) -> list[list[str]]:
@@ -310,7 +308,7 @@ def _name(cell: Cell, several: bool) -> str:
 
 def _reference(row: Mapping[str, Any]) -> str:
     """What the pictures of a finished row were judged by."""
-    return row["reference"] + (f", cut to {row['size']} pixels" if row.get("size") else "")
+    return row.get("reference", UNRECORDED) + (f", cut to {row['size']} pixels" if row.get("size") else "")
 
 
 def _table_order(row: Mapping[str, Any]) -> tuple[int, bool, float, bool]:
