@@ -202,7 +202,7 @@ def cells_of(comparison: Comparison) -> tuple[list[Cell], list[LeftOut]]:
                     raise
                 left_out.append(LeftOut(group, name, point, str(error)))
                 continue
-            if entry.name and _reuses_nothing(made[0]):
+            if entry.name and not entry.baseline and _reuses_nothing(made[0]):
                 raise RecipeError(f"{entry.recipe} reuses nothing: it is no {entry.name!r} but uncached; drop the name")
             cells += [Cell(group, name, point, recipe.seed, recipe, _budget_of(recipe)) for recipe in made]
     if not cells:
@@ -299,20 +299,17 @@ def _measured_as_recipes_say(comparison: Comparison) -> Comparison:
 
 def _in_groups(cells: Sequence[Cell]) -> list[Cell]:
     """`cells`; those that reuse nothing are UNCACHED in the group with their steps, FEWER_STEPS in that with more."""
-    groups = [cell.group for cell in cells if not _reuses_nothing(cell.recipe)]
-    alone = [cell.group for cell in cells if _reuses_nothing(cell.recipe)]
-    for group in sorted(alone, key=_steps, reverse=True):
+    uncached = [cell for cell in cells if cell.own == cell.group and _reuses_nothing(cell.recipe)]
+    groups = [cell.group for cell in cells if cell not in uncached]
+    for group in sorted((cell.group for cell in uncached), key=_steps, reverse=True):
         groups += [] if _above(group, groups) else [group]
-    found = []
-    for cell in cells:
-        if _reuses_nothing(cell.recipe):
-            group = min(_above(cell.group, groups), key=_steps)
-            fewer = _steps(cell.group) < _steps(group)
-            name, point = (FEWER_STEPS, f"{_steps(cell.group)} steps") if fewer else (UNCACHED, "")
-            found.append(Cell(group, name, point, cell.seed, cell.group))
-        else:
-            found.append(cell)
-    return found
+
+    def placed(cell: Cell) -> Cell:
+        group, steps = min(_above(cell.group, groups), key=_steps), _steps(cell.group)
+        name, point = (FEWER_STEPS, f"{steps} steps") if steps < _steps(group) else (UNCACHED, "")
+        return Cell(group, name, point, cell.seed, cell.group)
+
+    return [placed(cell) if cell in uncached else cell for cell in cells]
 
 
 def _above(group: Run, groups: Iterable[Run]) -> list[Run]:

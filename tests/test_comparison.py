@@ -150,6 +150,10 @@ def test_a_model_that_was_made_from_another_is_in_its_group_with_a_recipe_of_its
     asked = [FEW_BITS, Entry(recipe=LEARNED, set={"model": "runs/w8a8"}, baseline="zoo:fashion-dit", name="both")]
     uncached, few_bits, both = cells_of(Comparison(recipes=asked, seeds=[0]))[0]
     assert uncached.group == few_bits.group == both.group == few_bits.own and both.own.model == "runs/w8a8"
+    nothing = Entry(
+        recipe=RULE, set={"model": "runs/w8a8", "caching.every": 1}, baseline="zoo:fashion-dit", name="W8A8"
+    )
+    assert [cell.name for cell in cells_of(Comparison(recipes=[nothing], seeds=[0]))[0]] == [UNCACHED, "W8A8"]
     assert group_name(both.own) == group_name(both.group).replace("zoo:fashion-dit", "runs/w8a8")
 
 
