@@ -38,14 +38,24 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from hcompress.comparison import UNCACHED, Cell, Comparison, cells_of, fewer_steps, group_name, in_order, row_file
+from hcompress.comparison import (
+    UNCACHED,
+    Cell,
+    Comparison,
+    cells_of,
+    fewer_steps,
+    group_name,
+    in_order,
+    read_row,
+    row_file,
+)
 from hcompress.errors import HcompressError, RunError
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.makers import MAKERS, Impossible, Made, Tell
 from hcompress.models.decoder import load_decoder
 from hcompress.recipe import Run, first_difference
 from hcompress.report.comparison import write_report
-from hcompress.report.published import Judge
+from hcompress.report.published import Judge, viewer_of
 from hcompress.report.quality import cost, distribution, left_out, paired
 from hcompress.rundir import environment
 from hcompress.runners import RUNNERS, Draw
@@ -85,8 +95,8 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
     """Finish all cells that are not finished, and write and return the report (hcompress.report.comparison).
 
     A cell that fails leaves the others alone; all that did are named in a RunError at the end, when the report is
-    written. So it is after an interruption. Raises RecipeError, ModelError, SolverError before anything is run, and
-    RunError where `out` holds something else or a cell was made by another recipe.
+    written. So it is after an interruption. Raises RecipeError, ModelError, SolverError, DataError before anything is
+    run, and RunError where `out` holds something else or a cell was made by another recipe.
     """
     cells, impossible = cells_of(comparison)
     ranks = launched_ranks(PATIENCE)
@@ -99,11 +109,14 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
                 watch.notice(line)
         cells = with_fewer_steps(comparison, cells, bench.setting)
         mine = cells[ranks.rank :: ranks.world]
+        kept = [bench.kept(cell) for cell in mine]
+        if None in kept:
+            bench.open_judge(_groups(mine))
         watch.start(mine)
         try:
-            for cell in mine:
+            for cell, row in zip(mine, kept, strict=True):
                 try:
-                    bench.finish(cell)
+                    bench.finish(cell, row)
                 except HcompressError as error:
                     if cell.name == UNCACHED or isinstance(error, RunError):
                         raise
@@ -125,7 +138,8 @@ def with_fewer_steps(comparison: Comparison, cells: list[Cell], setting: Callabl
         return cells
     graphs = {group_name(group): setting(group).adapter.graph for group in _groups(cells)}
     share = {name: float(graph.macs.sum() / graph.call_macs) for name, graph in graphs.items()}
-    return in_order([*cells, *fewer_steps(cells, share)], comparison.seeds)
+    paid = {cell.folder: cell for cell in fewer_steps(cells, share)}  # in place of those that were asked for
+    return in_order([*(cell for cell in cells if cell.folder not in paid), *paid.values()], comparison.seeds)
 
 
 def _groups(cells: Sequence[Cell]) -> list[Run]:
@@ -177,12 +191,21 @@ class Bench:
         """The uncached model of `group`."""
         return self._settings(group)
 
-    def finish(self, cell: Cell) -> None:
-        """Make, sample and measure `cell`, as far as that is not done.
+    def open_judge(self, groups: Sequence[Run]) -> None:
+        """Read what the pictures of `groups` are judged by, where the comparison has a reference.
 
-        Raises RunError where another recipe or other weights made it.
+        Raises DataError, ModelError, MissingExtra, also for latents that nothing decodes.
         """
-        row = self._kept(cell)
+        asked = self.comparison
+        if asked.reference is None:
+            return
+        for group in groups:
+            viewer_of(self.setting(group))
+        weights = Path(asked.inception) if asked.inception else None
+        self._judge = Judge(Path(asked.reference), weights, asked.size, self.device, self.notice)
+
+    def finish(self, cell: Cell, row: dict[str, Any] | None) -> None:
+        """Make, sample and measure `cell`, as far as `row`, what is kept of it, does not hold that."""
         if row is None or self._timed_otherwise(row):
             row = {
                 "group": group_name(cell.group),
@@ -192,32 +215,40 @@ class Bench:
                 "budget": cell.budget,
                 "recipe": cell.recipe.model_dump(exclude_none=True),
                 "reference": self.comparison.reference,
-                "weights": self.setting(cell.group).identity.weight_hash,
-                **self._outcome(cell, row["figures"] if row else None),
+                "size": self.comparison.size,
+                "weights": self.setting(cell.own).identity.weight_hash,
+                **self._outcome(cell, row),
             }
             write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
         self.watch.finished(cell, row)
 
-    def _kept(self, cell: Cell) -> dict[str, Any] | None:
-        """The finished row; None where there is none, or none with all that is asked for by now."""
+    def kept(self, cell: Cell) -> dict[str, Any] | None:
+        """The finished row; None where there is none, or none with all that is asked for by now.
+
+        Raises RunError where another recipe or other weights made it.
+        """
         file = row_file(self.out, cell, self.comparison)
         if not file.exists() or (cell.name == UNCACHED and not self._reference(cell).exists()):
             return None
-        row: dict[str, Any] = json.loads(file.read_text())
+        if (row := read_row(file)) is None:
+            self.notice(f"{file} is cut off or no row; it is measured anew, from what was made")
+            return None
         try:
-            made_by = type(cell.recipe).model_validate(row["recipe"])
+            made_by = type(cell.recipe).model_validate(row.get("recipe"))
         except ValidationError as error:
             raise RunError(f"{file} is of another version of hcompress; delete it to measure anew") from error
         if difference := first_difference(made_by, cell.recipe):
             raise RunError(f"{file.parent} was made by another recipe: {difference}; pass another --out")
         if "weights" not in row:  # as earlier versions left it
             return None
-        if (weights := self.setting(cell.group).identity.weight_hash) != row["weights"]:
+        if (weights := self.setting(cell.own).identity.weight_hash) != row["weights"]:
             raise RunError(
-                f"{file.parent} was measured with other weights of {cell.group.model} ({row['weights'][:12]}, now "
+                f"{file.parent} was measured with other weights of {cell.own.model} ({row['weights'][:12]}, now "
                 f"{str(weights)[:12]}); pass another --out"
             )
-        return row if self.comparison.reference in (None, row.get("reference")) else None
+        asked = self.comparison
+        same = (row.get("reference"), row.get("size")) == (asked.reference, asked.size)
+        return row if asked.reference is None or same else None
 
     def _timed_otherwise(self, row: Mapping[str, Any]) -> bool:
         """Whether the times of a finished row are of other settings, or of another machine, than those of this call."""
@@ -238,8 +269,8 @@ class Bench:
             "packages": {name: installed["packages"][name] for name in versions},
         }
 
-    def _outcome(self, cell: Cell, known: Mapping[str, float] | None) -> dict[str, Any]:
-        """Its figures and what it took, or why there is no such schedule. `known`: figures but for new times."""
+    def _outcome(self, cell: Cell, known: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Its figures and what it took, or why there is no such schedule. `known`: a row that is timed anew."""
         tell = partial(self.watch.doing, cell)
         try:
             made = MAKERS[type(cell.recipe)](self, cell, tell)
@@ -248,8 +279,10 @@ class Bench:
         folder = self.out / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         with RUNNERS[self.comparison.runner](made.setting, made.schedule, folder) as draw:
-            figures = {**(known or self._figures(cell, made, draw, tell)), **self._times(cell, draw, tell)}
-        return {"figures": figures, "training": made.training, "measured": self._conditions()}
+            figures = known["figures"] if known else self._figures(cell, made, draw, tell)
+            times = self._times(cell, draw, tell)
+        notes = known.get("notes", []) if known else self._notes(cell)
+        return {"figures": figures | times, "notes": notes, "training": made.training, "measured": self._conditions()}
 
     def _times(self, cell: Cell, draw: Draw, tell: Tell) -> dict[str, float]:
         """latency_ms, and speedup over the uncached model, in turns with it."""
@@ -291,11 +324,12 @@ class Bench:
 
     def _published(self, group: Setting, samples: Tensor, what: str) -> dict[str, float]:
         """FID and its kin, where the comparison names a reference."""
-        if self.comparison.reference is None:
-            return {}
-        if self._judge is None:
-            self._judge = Judge(Path(self.comparison.reference), device=self.device, say=self.notice)
-        return self._judge.of_samples(group, samples, what)
+        return {} if self._judge is None else self._judge.of_samples(group, samples, what)
+
+    def _notes(self, cell: Cell) -> list[str]:
+        """What to know about the figures of `cell`, all of them taken."""
+        own = left_out(self.setting(cell.group), self.comparison.samples)
+        return [*([own] if own else []), *(self._judge.said if self._judge else [])]
 
     def _dense_runner(self, group: Run) -> Draw:
         name = group_name(group)

@@ -74,7 +74,7 @@ def _cached(place: Place, cell: Cell, tell: Tell) -> Made:
         total = method.rounds
         tell("training", method.done, total)
 
-    setting, run = place.setting(cell.group), open_run(place.out / cell.folder, recipe, resume=True)
+    setting, run = place.setting(cell.own), open_run(place.out / cell.folder, recipe, resume=True)
     if run.schedule.exists():
         schedule = _learned(run, setting)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, cells_of, fewer_steps, group_name, load_comparison
+from hcompress.comparison import (
+    FEWER_STEPS,
+    UNCACHED,
+    Cell,
+    Comparison,
+    Entry,
+    cells_of,
+    fewer_steps,
+    group_name,
+    load_comparison,
+)
 from hcompress.errors import RecipeError
-from hcompress.recipe import COMPARISONS, SolverSettings, find, shipped
+from hcompress.recipe import COMPARISONS, Run, SolverSettings, find, shipped
 
 LEARNED, RULE, FEW_BITS = (f"fashion-dit_ddim20_{name}" for name in ("harmonica", "interval", "int8-max"))
+
+
+README = Path(__file__).parents[1] / "recipes" / "README.md"
+PUBLISHED = [section for section in README.read_text().split("\n## ") if "\nAs " in section and "`compare/" in section]
 
 
 def written(folder: Path, text: str) -> Path:
@@ -32,6 +47,29 @@ def test_all_shipped_comparisons_have_cells_and_say_what_they_are(name):
     head = find(name).read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines()) and f"hcompress compare {name} --out" in head
     assert all("out of reach" in one.reason for one in left_out)
+
+
+@pytest.mark.parametrize("section", PUBLISHED)
+def test_all_published_tables_are_comparisons_of_their_recipes(section):
+    """A row a recipe, in as many groups as the table has baselines: none of it needs the weights to be told."""
+    comparisons = [
+        load_comparison([name]) for name in re.findall(r"`compare/([^`]+)`\.?,? ?", section.partition("|")[0])
+    ]
+    listed = {line.split("|")[3].strip(" `") for line in section.splitlines() if line.startswith("|")} - {
+        "recipe",
+        "---",
+    }
+    asked = [entry.recipe for comparison in comparisons for entry in comparison.recipes]
+    missing = {*asked} - listed  # the baselines that a table takes from another
+    assert listed <= {*asked} and len({*asked}) == len(asked) and all("interval1" in name for name in missing)
+    for comparison in comparisons:
+        cells, left_out = cells_of(comparison)
+        rows, groups = {cell.row for cell in cells}, {cell.row[0] for cell in cells}
+        baselines = [entry for entry in comparison.recipes if "interval1" in entry.recipe]
+        assert len(rows) == len(comparison.recipes) + (not baselines) and not left_out
+        fewer = [cell for cell in cells if cell.name == FEWER_STEPS and cell.seed == comparison.seeds[0]]
+        assert len(groups) == max(1, len(baselines) - len(fewer))
+        assert comparison.reference is not None or section.startswith("Training")
 
 
 @settings(deadline=None, max_examples=20)
@@ -74,11 +112,56 @@ def test_recipes_of_other_models_solvers_or_steps_are_groups_of_their_own():
     assert sum(cell.name == UNCACHED for cell in cells) == 2
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    cached=st.sets(st.integers(10, 30), max_size=3),
+    uncached=st.sets(st.integers(2, 40), min_size=1, max_size=4),
+    other=st.sampled_from(({}, {"cfg": 2.0}, {"solver.name": "unipc"}, {"model": "other"})),
+)
+def test_what_reuses_nothing_is_the_uncached_row_of_its_steps_or_fewer_of_the_next_more(cached, uncached, other):
+    """Where no method has as many steps, or the same model, solver and guidance, the most are a group of their own."""
+    asked = [Entry(recipe=RULE, set={"solver.steps": steps, "caching.every": 2}) for steps in cached]
+    asked += [Entry(recipe=RULE, set={"solver.steps": steps, "caching.every": 1} | other) for steps in uncached]
+    cells = [cell for cell in cells_of(Comparison(recipes=asked, seeds=[0]))[0] if type(cell.recipe) is Run]
+    setting = {"model": "zoo:fashion-dit", "solver.name": "ddim", "cfg": 1.5}
+    tops = set() if other else cached
+    tops = tops | {max(uncached)} if max(uncached) > max(tops, default=0) else tops
+    wanted = {(*setting.values(), steps, UNCACHED, steps) for steps in cached}
+    setting |= other
+    wanted |= {(*setting.values(), steps, UNCACHED, steps) for steps in tops}
+    wanted |= {
+        (*setting.values(), min(top for top in tops if top >= steps), FEWER_STEPS, steps) for steps in uncached - tops
+    }
+    found = [
+        (
+            cell.group.model,
+            cell.group.solver.name,
+            cell.group.cfg,
+            cell.group.solver.steps,
+            cell.name,
+            cell.recipe.solver.steps,
+        )
+        for cell in cells
+    ]
+    assert {*found} == wanted and len(found) == len(wanted)
+
+
+def test_a_model_that_was_made_from_another_is_in_its_group_with_a_recipe_of_its_own():
+    asked = [FEW_BITS, Entry(recipe=LEARNED, set={"model": "runs/w8a8"}, baseline="zoo:fashion-dit", name="both")]
+    uncached, few_bits, both = cells_of(Comparison(recipes=asked, seeds=[0]))[0]
+    assert uncached.group == few_bits.group == both.group == few_bits.own and both.own.model == "runs/w8a8"
+    nothing = Entry(
+        recipe=RULE, set={"model": "runs/w8a8", "caching.every": 1}, baseline="zoo:fashion-dit", name="W8A8"
+    )
+    assert [cell.name for cell in cells_of(Comparison(recipes=[nothing], seeds=[0]))[0]] == [UNCACHED, "W8A8"]
+    assert group_name(both.own) == group_name(both.group).replace("zoo:fashion-dit", "runs/w8a8")
+
+
 def test_without_budgets_recipes_run_as_they_are_and_few_bits_have_none():
     cells, _ = cells_of(load_comparison([LEARNED, FEW_BITS], {"seeds": [0]}))
     assert [(cell.name, cell.point) for cell in cells] == [
         (UNCACHED, ""),
-        ("HarmoniCa", "CUR 40 %"),
+        ("HarmoniCa, sensitivity", "CUR 40 %"),
         ("int8-max w8a8", ""),
     ]
     with_budgets, _ = cells_of(load_comparison([LEARNED, FEW_BITS], {"seeds": [0], "budgets": [0.2, 0.3]}))
@@ -100,19 +183,50 @@ def test_a_recipe_may_be_changed_named_and_varied(tmp_path):
     ]
 
 
+def test_samples_and_reference_are_the_recipes_unless_it_says_so_itself(tmp_path):
+    recipes = [tmp_path / f"{name}.yaml" for name in ("one", "same", "silent", "other")]
+    for recipe, metrics in zip(
+        recipes, ("{samples: 70, reference: a.npz}",) * 2 + (None, "{samples: 80}"), strict=True
+    ):
+        recipe.write_text(find(RULE).read_text() + (f"\nmetrics: {metrics}\n" if metrics else ""))
+    one, same, silent, other = recipes
+
+    def asked(*names: Path, **flags: object) -> tuple[int, str | None]:
+        found = load_comparison(names, flags)
+        return found.samples, found.reference
+
+    assert asked(one, same, silent) == (70, "a.npz") and asked(silent) == (500, None)
+    assert asked(one, other, samples=9) == (9, "a.npz") and asked(one, reference="b.npz") == (70, "b.npz")
+    with pytest.raises(RecipeError, match=r"differ in metrics.samples: 70 \(.*one.yaml\), 80 \(.*\); pass --samples$"):
+        asked(one, other)
+    said = written(tmp_path, f"recipes: [{one}, {other}]\nsamples: 3\nreference: null\n")
+    assert asked(said) == (3, None)
+
+
+def test_only_what_the_paper_does_has_the_plain_name_of_its_method():
+    proxies = {"leave_one_out": "HarmoniCa", "cumulative": "HarmoniCa", "sensitivity": "HarmoniCa, sensitivity"}
+    for proxy, name in proxies.items():
+        entry = Entry(recipe=LEARNED, set={"caching.proxy": proxy})
+        assert cells_of(Comparison(recipes=[entry], seeds=[0]))[0][1].name == name
+
+
 REFUSED = {
     "recipes: []\n": r"recipes = \[\]",
     "recipes: [absent]\n": "no recipe 'absent'",
     f"recipes: [{LEARNED}]\nsedes: [0]\n": "unknown key 'sedes'; did you mean 'seeds'",
     f"recipes: [{{recipe: {LEARNED}, nmae: x}}]\n": "unknown key 'recipes.0.nmae'; did you mean 'name'",
-    f"recipes: [{LEARNED}]\nbudgets: [1.5]\n": r"budgets.0 = 1.5",
+    f"recipes: [{LEARNED}]\nbudgets: [1.5]\n": r"budgets.0 = 1.5: a budget is a share",
+    f"recipes: [{LEARNED}]\nbudgets: [0.2, 40.0]\n": r"budgets.1 = 40: a budget is a share of 1; 0.4 means 40 %",
+    f"recipes: [{LEARNED}]\nbudgets: [0.2, 40]\n": r"budgets.1 = 40: a budget is a share of 1; 0.4 means 40 %",
+    f"recipes: [{LEARNED}]\nbudgets: [-0.5]\n": r"budgets.0 = -0.5: Input should be greater than 0",
     f"recipes: [{LEARNED}]\nbudgets: [0.97]\n": "no recipe reaches a budget .*ceiling is 19/20",
     f"recipes: [{LEARNED}]\nseeds: [1, 1]\n": "holds one twice",
     f"recipes: [{LEARNED}]\nrunner: abacus\n": "runner = 'abacus'",
-    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called harmonica_cur-40",
+    f"recipes: [{LEARNED}, {LEARNED}]\n": "2 rows are called harmonica-sensitivity_cur-40",
     "recipes: [fashion-dit_ddim20]\n": "itself a comparison",
     f"recipes: [{{recipe: {LEARNED}, set: {{caching.treshold: 1}}}}]\n": "did you mean 'caching.threshold'",
     f"recipes: [{{recipe: {LEARNED}, vary: {{caching.every: [2]}}}}]\n": "unknown key 'caching.every'",
+    f"recipes: [{{recipe: {RULE}, name: dense, set: {{caching.every: 1}}}}]\n": "it is no 'dense' but uncached",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcompress.comparison import UNCACHED, Cell, Comparison, LeftOut, cells_of, group_name, load_comparison, row_file
+from hcompress.comparison import (
+    UNCACHED,
+    Cell,
+    Comparison,
+    LeftOut,
+    cells_of,
+    group_name,
+    load_comparison,
+    missed,
+    row_file,
+)
+from hcompress.recipe import resolve
 from hcompress.report.comparison import markdown, summarise, write_report
 
 RULES = [f"fashion-dit_ddim20_{name}" for name in ("interval", "random")]
@@ -23,11 +35,11 @@ def asked(**more: Any) -> Comparison:
     return load_comparison(RULES, {"budgets": [0.4], "seeds": [0, 1, 2], **more})
 
 
-def keep(out: Path, comparison: Comparison, cell: Cell, outcome: str | None, **more: Any) -> None:
+def keep(out: Path, comparison: Comparison, cell: Cell, outcome: str | None, cur: float = 0.4, **more: Any) -> None:
     """Write the row of `cell`, as hcompress.compare does."""
     if outcome is None:
         return
-    figures = {"cur": 0.4, "mac_ratio": 1.5, "psnr_db": 30.0 + cell.seed, "speedup": 1.4, "latency_ms": 7.0}
+    figures = {"cur": cur, "mac_ratio": 1.5, "psnr_db": 30.0 + cell.seed, "speedup": 1.4, "latency_ms": 7.0}
     row = {"figures": figures, "training": {}} if outcome == "figures" else {"impossible": outcome}
     file = row_file(out, cell, comparison)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,3 +128,48 @@ def test_a_group_with_nothing_but_what_is_left_out_is_in_the_report(tmp_path):
     assert others == alone and (last["name"], last["rows"]) == (group_name(other), [])
     for file in ("compare.md", "compare.html"):
         assert f"FORA at CUR 97 % is left out: {REASONS[0]}." in (tmp_path / file).read_text()
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.sampled_from((0.0, 0.375, 0.385, 0.4, 0.415, 0.43)), min_size=3, max_size=3))
+def test_a_row_that_missed_its_budget_says_so_and_one_that_reuses_nothing_is_in_no_plot(curs):
+    """At most 0.02 of CUR is no miss, of the mean over seeds; one seed alone at 100 dB would stretch a whole plot."""
+    comparison = asked()
+    cells = cells_of(comparison)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for cell in cells:
+            keep(Path(folder), comparison, cell, "figures", curs[cell.seed] if cell.name == "FORA" else 0.4)
+        report = write_report(comparison, cells, [], Path(folder))
+        tables, page = ((Path(folder) / f"compare.{kind}").read_text() for kind in ("md", "html"))
+    assert "random | missed" not in tables
+    fora = next(row for row in report["groups"][0]["rows"] if row["name"] == "FORA")
+    mean = sum(curs) / 3
+    line = f"missed: CUR {100 * mean:.3g} % of 40 %"
+    for text in (tables, page):
+        assert (line in text) == (abs(mean - 0.4) > 0.02) == (fora["missed"] is not None)
+    assert fora["reused_nothing"] == [seed for seed, cur in enumerate(curs) if cur == 0]
+    drawn = re.findall(r'data-tip="(\w+)', page)
+    assert "random" in drawn and ("FORA" in drawn) == (0.0 not in curs)
+
+
+def test_a_speedup_that_was_not_reached_is_missed_as_well():
+    recipe = resolve(None, {"model": "any", "caching.target_speedup": 1.5})
+    assert missed(recipe, 0.4, 1.47) is None  # of MACs saved, 0.33 and 0.32
+    assert missed(recipe, 0.1, 1.1) == "missed: MACs / 1.10 of 1.5"
+
+
+def test_what_holds_of_some_figures_names_their_rows(tmp_path):
+    """As where the reference was changed and the rows are not all measured anew yet."""
+    comparison = asked()
+    cells = cells_of(comparison)[0]
+    judged = {"reference": "a.npz", "size": 64, "notes": ["fid of 6 samples is mostly bias"]}
+    for cell in cells:
+        keep(tmp_path, comparison, cell, "figures", **(judged if cell.name == "FORA" else {"reference": "b.npz"}))
+    for file in tmp_path.rglob("fora*/row-*.json"):
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps(row | {"figures": row["figures"] | {"fid": 122.64}}))
+    write_report(comparison, cells, [], tmp_path)
+    for file in ("compare.md", "compare.html"):
+        said = (tmp_path / file).read_text()
+        assert "fid of 6 samples is mostly bias (FORA CUR 40 %)." in said
+        assert "compare with a.npz, cut to 64 pixels (FORA CUR 40 %)." in said and "b.npz" not in said

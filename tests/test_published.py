@@ -395,3 +395,54 @@ def test_eval_refuses_latents_that_nothing_decodes(hcompress: Any, weights: Path
     real = write_folder(tmp_path / "real", pictures(0, 4, 8))
     code, _, told = hcompress("eval", tmp_path / "model", "--reference", real, "--inception", weights, "--samples", 4)
     assert code == 1 and told.splitlines()[-1].startswith("error: ") and "model/vae is missing" in told
+
+
+def test_compare_opens_what_it_judges_by_before_anything_is_made(
+    hcompress: Any, weights: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """So that nothing is sampled in vain: without the reference, without weights, and for latents without a VAE."""
+    make_dit(channels=4).network.save_pretrained(tmp_path / "latent" / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "latent" / "scheduler")
+    real, rule = write_folder(tmp_path / "real", pictures(0, 4, 8)), "{method: random, target_cur: 0.4}"
+    refused = {
+        (tiny_run.parent / "model", tmp_path / "nowhere.npz", weights): "no reference",
+        (tiny_run.parent / "model", real, tmp_path / "absent.pth"): "absent.pth cannot be read as Inception's weights",
+        (tmp_path / "latent", real, weights): "vae is missing",
+    }
+    recipe = tmp_path / "rule.yaml"
+    for number, ((model, reference, network), said) in enumerate(refused.items()):
+        recipe.write_text(f"model: {model}\nsolver: {{steps: {CALLS}}}\ncaching: {rule}\n")
+        given = ("--reference", reference, "--inception", network, "--samples", 4, "--out", tmp_path / f"{number}")
+        code, _, stderr = hcompress("compare", recipe, *given)
+        assert code == 1 and said in stderr and stderr.count("error: ") == 1
+        assert not [file for file in (tmp_path / f"{number}").iterdir() if file.is_dir()]
+    for flag, value in {"--size": 8, "--inception": weights}.items():
+        code, _, stderr = hcompress("compare", recipe, flag, value, "--out", tmp_path / "none")
+        assert code == 1 and stderr == f"error: {flag} would do nothing: there is no --reference\n"
+
+
+def test_compare_tells_what_its_figures_are_against_and_what_they_lack(
+    hcompress: Any, weights: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """In every row, so that a report written later, and of rows timed anew, says so too."""
+    real, recipe = write_folder(tmp_path / "real", pictures(0, 4, 8)), tmp_path / "rule.yaml"
+    settings = f"model: {tiny_run.parent / 'model'}\nsolver: {{steps: {CALLS}}}\ncaching: "
+    measured = f"\nmetrics: {{samples: 4, reference: {real}}}\n"
+    recipe.write_text(settings + "{method: random, target_cur: 0.4}" + measured)
+    given = ("compare", recipe, "--inception", weights, "--size", 8, "--seeds", 0, "--out", tmp_path / "out", "--json")
+    code, stdout, stderr = hcompress(*given)
+    report = json.loads(stdout)
+    ((group,), samples) = report["groups"], report["samples"]
+    assert code == 0 and samples == 4 and len(group["rows"]) == 3
+    few = f"fid of {samples} samples is mostly bias"
+    for row in group["rows"]:
+        assert row["figures"]["fid"]["mean"] > 0 and row["references"] == [f"{real}, cut to 8 pixels"]
+        assert any(note.startswith(few) for note in row["notes"])
+    for file in ("compare.md", "compare.html"):
+        page = (tmp_path / "out" / file).read_text()
+        assert few in page and f"compare with {real}, cut to 8 pixels." in page and "(random" not in page
+    file = next((tmp_path / "out").rglob("random*/row-*.json"))
+    row = json.loads(file.read_text())
+    file.write_text(json.dumps(row | {"measured": row["measured"] | {"rounds": 77}}))
+    code, stdout, stderr = hcompress(*given)
+    assert code == 0 and "fid" not in stderr and json.loads(file.read_text())["notes"] == row["notes"]

@@ -15,6 +15,7 @@ from hcompress.corrections import Reuse
 Positive = Annotated[float, Field(gt=0)]
 Target = Annotated[float | None, Field(gt=0, lt=1)]
 Convention = Literal["alternate", "countdown"]
+MISSED = 0.02  # of CUR, or of the share of MACs saved: a goal that a run came no nearer to, which steering does in time
 LEAST_SAMPLES = 8  # that corrections may be fitted on: three unknowns a channel, and tokens of an image are alike
 
 

@@ -28,6 +28,10 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To measure with, a row and seed.")] = None,
     reference: Annotated[str | None, typer.Option(help="Real pictures or their statistics: adds FID, IS, ...")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Cut and scale a folder's pictures to this side.")] = None,
+    inception: Annotated[
+        str | None, typer.Option(help="Inception's weights as torch-fidelity has them; fetched if not given.")
+    ] = None,
     runner: Annotated[str | None, typer.Option(help="What samples and is timed: torch or onnxruntime.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which cells there are, and run nothing.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -48,6 +52,8 @@ def compare(
         "seeds": numbers("--seeds", seeds, int),
         "samples": samples,
         "reference": reference,
+        "size": size,
+        "inception": inception,
         "runner": runner,
     }
     comparison = load_comparison(recipes, flags)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from hcompress.caching.settings import CachingSettings
     from hcompress.schedule import Schedule
 
-MISSED = 0.02  # of CUR, or of the share of MACs saved: what steering leaves where it has time
-
 
 def train(
     model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
@@ -134,6 +132,8 @@ def train(
 
 def _missed(settings: CachingSettings, made: Schedule) -> str | None:
     """A line of warning where a router was to reach a goal and did not; None where it did."""
+    from hcompress.caching.settings import MISSED
+
     rounds = {"harmonica": "trajectories", "learning-to-cache": "sweeps"}.get(settings.method)
     cur, speedup = getattr(settings, "target_cur", None), getattr(settings, "target_speedup", None)
     wanted = cur or (speedup and 1 - 1 / speedup)

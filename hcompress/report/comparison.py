@@ -9,14 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hcompress.comparison import FEWER_STEPS, UNCACHED, Cell, Comparison, LeftOut, group_name, row_file
-from hcompress.report.measured import described, recorded
+from hcompress.comparison import (
+    FEWER_STEPS,
+    UNCACHED,
+    Cell,
+    Comparison,
+    LeftOut,
+    group_name,
+    missed,
+    read_row,
+    row_file,
+)
+from hcompress.recipe import Recipe
+from hcompress.report.measured import UNRECORDED, described, listed, recorded
 from hcompress_runtime.files import write_atomically
 
 FLOOR = "_floor"  # ends the name of what real data scores by a metric
 REAL = "real, same number"
-NEAR = 0.03  # of its budget: a row whose CUR, or share of steps saved, comes no nearer is not ranked
+NEAR = 0.03  # of its budget: fewer steps whose share of steps saved comes no nearer are not ranked
 SHORT = 1.0  # seconds that are no training cost
+JUDGED = "FID, sFID, KID, precision and recall compare with"
 SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
 
@@ -39,6 +51,9 @@ class Column:
 COLUMNS = {
     "cur": Column("CUR (%)", 1, None, "cost", 100),
     "mac_ratio": Column("MACs /", 2, "higher", "cost"),
+    "latency_ms": Column("latency (ms)", 1, "lower", "cost"),
+    "speedup": Column("speed-up", 2, "higher", "cost"),
+    "megabytes": Column("size (MB)", 1, "lower", "cost"),
     "psnr_db": Column("PSNR (dB)", 2, "higher"),
     "ssim": Column("SSIM", 3, "higher"),
     "relative_l2": Column("rel. L2", 3, "lower"),
@@ -58,9 +73,6 @@ COLUMNS = {
     "retrieval": Column("retrieval", 3, "higher"),
     "fd_efflite0": Column("FD-EffLite0", 3, "lower"),
     "kid_efflite0": Column("KID-EffLite0 × 1000", 2, "lower"),
-    "latency_ms": Column("latency (ms)", 1, "lower", "cost"),
-    "speedup": Column("speed-up", 2, "higher", "cost"),
-    "megabytes": Column("size (MB)", 1, "lower", "cost"),
 }
 UNSHOWN = {"macs"}  # said by mac_ratio
 TRAINING = {
@@ -76,32 +88,39 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
     """The whole report as one JSON object; figures are {"mean", "std", "seeds"}, see `spread`.
 
     {"title", "samples", "runner", "seeds", "finished", "cells", "measured": see hcompress.report.measured, "groups":
-    [{"name", "methods", "rows": [{"name", "point", "budget", "seeds", "folders", "figures", "training"}], "left_out":
-    [{"name", "point", "seeds", "reason"}]}]}
+    [{"name", "methods", "rows": [{"name", "point", "budget", "missed": see hcompress.comparison, "seeds",
+    "reused_nothing": of the seeds those whose schedule is uncached, "folders", "figures", "training", "references",
+    "notes": what to know about its figures}], "left_out": [{"name", "point", "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
 
     def group_of(name: str) -> dict[str, Any]:
         return groups.setdefault(name, {"name": name, "methods": [], "rows": [], "left_out": []})
 
-    finished = [(cell, file) for cell in cells if (file := row_file(out, cell, comparison)).exists()]
+    finished = [(cell, row) for cell in cells if (row := read_row(row_file(out, cell, comparison)))]
     rows: dict[tuple[str, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
-    for cell, file in finished:
-        rows.setdefault(cell.row, []).append((cell, json.loads(file.read_text())))
+    for cell, row in finished:
+        rows.setdefault(cell.row, []).append((cell, row))
     for cell in sorted(cells, key=lambda cell: cell.name == FEWER_STEPS):
         group = group_of(group_name(cell.group))
         group["methods"] += [cell.name] * (cell.name not in group["methods"])
     for (where, name, point), found in rows.items():
         if kept := [(cell, row) for cell, row in found if "figures" in row]:
+            figures = spread([row["figures"] for _, row in kept])
+            cached = [(cell.seed, row["figures"]["cur"]) for cell, row in kept if isinstance(cell.recipe, Recipe)]
             group_of(where)["rows"].append(
                 {
                     "name": name,
                     "point": point,
                     "budget": kept[0][0].budget,
+                    "missed": missed(kept[0][0].recipe, figures["cur"]["mean"], figures["mac_ratio"]["mean"]),
                     "seeds": [cell.seed for cell, _ in kept],
+                    "reused_nothing": [seed for seed, cur in cached if cur == 0],
                     "folders": [str(cell.folder) for cell, _ in kept],
-                    "figures": spread([row["figures"] for _, row in kept]),
+                    "figures": figures,
                     "training": spread([_with_update_ms(row["training"]) for _, row in kept]),
+                    "references": [*dict.fromkeys(_reference(row) for _, row in kept if "fid" in row["figures"])],
+                    "notes": [*dict.fromkeys(note for _, row in kept for note in row.get("notes", []))],
                 }
             )
         reasons: dict[str, list[int]] = {}
@@ -148,7 +167,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for group in report["groups"]:
         parts.append(f"## {group['name']}")
         if group["rows"]:
-            parts += [_markdown_table(quality_table(group)), meaning(report, group)]
+            parts += [_markdown_table(quality_table(group)), meaning(report, group), *note_lines(group)]
         if len(cost := training_table(group)) > 1:
             parts += ["Training, a seed:", _markdown_table(cost)]
         parts += left_out_lines(report, group)
@@ -184,6 +203,17 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     return said
 
 
+def note_lines(group: Mapping[str, Any]) -> list[str]:
+    """What the rows say of their figures: the reference, and what too few samples do; of which, where not of all."""
+    found: dict[str, list[str]] = {}
+    for row in group["rows"]:
+        for line in (*(f"{JUDGED} {reference}" for reference in row["references"]), *row["notes"]):
+            found.setdefault(line, []).append(f"{row['name']} {row['point']}".strip())
+    return [
+        f"{line}{'' if len(names) == len(group['rows']) else f' ({listed(names)})'}." for line, names in found.items()
+    ]
+
+
 def left_out_lines(report: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
     """A sentence on each row that could not be, wholly or with some of the seeds, and why."""
     lines = []
@@ -195,14 +225,12 @@ def left_out_lines(report: Mapping[str, Any], group: Mapping[str, Any]) -> list[
 
 
 def columns_of(group: Mapping[str, Any]) -> dict[str, Column]:
-    """The columns that some row of a group has a figure for, in order; unknown metrics between quality and latency."""
+    """The columns that some row of a group has a figure for, cost first: a page is not as wide as all metrics."""
     present = dict.fromkeys(key for row in group["rows"] for key in row["figures"])
     known = {key: column for key, column in COLUMNS.items() if key in present}
-    own = {
+    return known | {
         key: Column(key, 3) for key in present if key not in COLUMNS and not key.endswith(FLOOR) and key not in UNSHOWN
     }
-    last = {key: column for key, column in known.items() if key in ("latency_ms", "speedup", "megabytes")}
-    return {key: column for key, column in known.items() if key not in last} | own | last
 
 
 def quality_table(group: Mapping[str, Any]) -> list[list[str]]:
@@ -210,7 +238,7 @@ def quality_table(group: Mapping[str, Any]) -> list[list[str]]:
     columns = columns_of(group)
     table = [["method", "budget", *(column.head for column in columns.values())]]
     for row in group["rows"]:
-        table.append([row["name"], row["point"], *(written(row["figures"].get(key), columns[key]) for key in columns)])
+        table.append([row["name"], point_of(row), *(written(row["figures"].get(key), columns[key]) for key in columns)])
     if floors := floors_of(group):
         table.append([REAL, "", *(written(floors.get(key), columns[key]) for key in columns)])
     return table
@@ -221,8 +249,14 @@ def training_table(group: Mapping[str, Any]) -> list[list[str]]:
     table = [["method", "budget", *(column.title for column in TRAINING.values())]]
     for row in trained_rows(group):
         cells = [written(row["training"].get(key), column) for key, column in TRAINING.items()]
-        table.append([row["name"], row["point"], *cells])
+        table.append([row["name"], point_of(row), *cells])
     return table
+
+
+def point_of(row: Mapping[str, Any]) -> str:
+    """At which budget a row is; by how much it missed that."""
+    said: str = row["missed"] or row["point"]
+    return said
 
 
 def trained_rows(group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -245,19 +279,25 @@ def written(figure: Mapping[str, float] | None, column: Column) -> str:
 
 
 def best_rows(group: Mapping[str, Any], key: str) -> set[int]:
-    """Numbers of the rows whose mean is the best of their budget, among several that kept to it."""
+    """Numbers of the rows whose mean is the best of their budget as it is written, among several that kept to it.
+
+    Rows that share it are the best together, unless all do.
+    """
     column = columns_of(group)[key]
     budgets: dict[float, list[int]] = {}
     for index, row in enumerate(group["rows"]):
-        if row["budget"] is None or key not in row["figures"]:
+        if row["budget"] is None or row["missed"] or key not in row["figures"]:
             continue
-        fewer, figures = row["name"] == FEWER_STEPS, row["figures"]
-        reached = 1 - 1 / figures["mac_ratio"]["mean"] if fewer else figures["cur"]["mean"]
-        if abs(reached - row["budget"]) <= NEAR:
+        saved = 1 - 1 / row["figures"]["mac_ratio"]["mean"]
+        if row["name"] != FEWER_STEPS or abs(saved - row["budget"]) <= NEAR:
             budgets.setdefault(row["budget"], []).append(index)
-    sign = -1 if column.better == "lower" else 1
-    mean = lambda index: sign * group["rows"][index]["figures"][key]["mean"]  # noqa: E731
-    return {max(indices, key=mean) for indices in budgets.values() if len(indices) > 1}
+    sign, best = -1 if column.better == "lower" else 1, set()
+    for indices in budgets.values():
+        means = {index: group["rows"][index]["figures"][key]["mean"] for index in indices}
+        shown = {index: sign * round(column.scale * mean, column.digits) for index, mean in means.items()}
+        if len({*shown.values()}) > 1:
+            best |= {index for index, mean in shown.items() if mean == max(shown.values())}
+    return best
 
 
 def _name(cell: Cell, several: bool) -> str:
@@ -266,10 +306,19 @@ def _name(cell: Cell, several: bool) -> str:
     return f"{cell.row[0]}: {name}" if several else name
 
 
-def _table_order(row: Mapping[str, Any]) -> tuple[bool, bool, float, bool]:
-    """Uncached, then budget by budget with fewer steps last, then what has no budget; otherwise as it was asked for."""
-    budget = row["budget"]
-    return row["name"] != UNCACHED, budget is None, budget or 0.0, row["name"] == FEWER_STEPS
+def _reference(row: Mapping[str, Any]) -> str:
+    """What the pictures of a finished row were judged by."""
+    return row.get("reference", UNRECORDED) + (f", cut to {row['size']} pixels" if row.get("size") else "")
+
+
+def _table_order(row: Mapping[str, Any]) -> tuple[int, bool, float, bool]:
+    """Uncached, with the steps asked for, fewer, as budgets pay for last in each; then what has no budget.
+
+    Otherwise as it was asked for.
+    """
+    budget, fewer = row["budget"], row["name"] == FEWER_STEPS
+    first = 0 if row["name"] == UNCACHED else 1 if fewer and budget is None else 2
+    return first, budget is None, budget or 0.0, fewer
 
 
 def spread(found: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -24,6 +24,8 @@ from hcompress.report.comparison import (
     floors_of,
     left_out_lines,
     meaning,
+    note_lines,
+    point_of,
     trained_rows,
     training_table,
     written,
@@ -89,6 +91,7 @@ def _group(group: Mapping[str, Any], out: Path, report: Mapping[str, Any]) -> st
             "<h3>All figures</h3>",
             _table(group),
             f'<p class="note">{escape(meaning(report, group))} {RANKED}</p>',
+            *(f'<p class="note">{escape(line)}</p>' for line in note_lines(group)),
         ]
         parts += [_sheets(group, out, report["samples"]), _training(group)]
     return f"<section>{''.join(parts)}</section>"
@@ -110,8 +113,8 @@ def _plots(group: Mapping[str, Any], series: Sequence[str]) -> str:
     if not panels:
         return ""
     note = (
-        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. A button takes a "
-        "method out."
+        "Bars are one sample standard deviation over seeds. Lines join the budgets of a method. What reuses nothing is "
+        "in the table alone. A button takes a method out."
     )
     return (
         f'<h3>Quality against cost</h3><div class="keys">{keys}</div><div data-panels="0">{"".join(panels)}</div>'
@@ -122,9 +125,9 @@ def _plots(group: Mapping[str, Any], series: Sequence[str]) -> str:
 def _figure(group: Mapping[str, Any], series: Sequence[str], key: str, column: Column, cost: str) -> str:
     points: dict[str, list[Point]] = {name: [] for name in series}
     for row in group["rows"]:
-        if row["name"] in points and {key, cost} <= row["figures"].keys():
+        if row["name"] in points and {key, cost} <= row["figures"].keys() and not row["reused_nothing"]:
             x, y = row["figures"][cost], row["figures"][key]
-            said = f"{row['name']} {row['point']}\n{column.title} {written(y, column)}\n{cost_said(row)}"
+            said = f"{row['name']} {point_of(row)}\n{column.title} {written(y, column)}\n{cost_said(row)}"
             scale = column.scale
             points[row["name"]].append(Point(x["mean"], scale * y["mean"], x["std"], scale * y["std"], said))
     if not any(points.values()):
@@ -153,7 +156,7 @@ def _table(group: Mapping[str, Any]) -> str:
     heads += [_head(column.head, first="up" if column.better == "lower" else "down") for column in columns.values()]
     rows, budget = [], None
     for index, row in enumerate(group["rows"]):
-        cells = [_cell(row["name"], text=True), _cell(row["point"], text=True)]
+        cells = [_cell(row["name"], text=True), _cell(point_of(row), text=True)]
         for key, column in columns.items():
             figure = row["figures"].get(key)
             value = figure["mean"] if figure else None
@@ -216,7 +219,7 @@ def _sheet_line(row: Mapping[str, Any], out: Path, title: str, samples: int) -> 
     """One row of a sheet; empty where it left neither."""
     folders = [out / folder for folder in row["folders"]]
     schedules = [Schedule.load(file) for folder in folders if (file := folder / "schedule.safetensors").exists()]
-    point = row["point"] if row["point"] != title else ""
+    point = point_of(row) if row["point"] != title or row["missed"] else ""
     figures = [point, *cost_said(row).split(", ")] if row["name"] != UNCACHED else []
     if psnr := row["figures"].get("psnr_db"):
         figures.insert(1, f"{psnr['mean']:.1f} dB PSNR")

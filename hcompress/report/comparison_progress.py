@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hcompress.comparison import Cell, group_name
+from hcompress.comparison import Cell, group_name, missed
 
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal
 FIGURES = {"cur": "CUR (%)", "mac_ratio": "MACs /", "psnr_db": "PSNR (dB)", "speedup": "speed-up"}
@@ -63,7 +63,7 @@ class ComparisonDisplay:
         self._show()
         if not self.console.is_terminal:
             figures = "  ".join(f"{title} {_of([self.rows[cell.folder]], key)}" for key, title in FIGURES.items())
-            said = row.get("impossible", figures)
+            said = row.get("impossible") or "  ".join(filter(None, (figures, _missed(cell, [self.rows[cell.folder]]))))
             self._print(f"{len(self.rows)}/{len(self.cells)}  {_said(cell)}  {said}")
 
     def notice(self, line: str) -> None:
@@ -86,7 +86,7 @@ class ComparisonDisplay:
             found = [self.rows[cell.folder] for cell in cells if cell.folder in self.rows]
             figures = (_of(found, key) for key in FIGURES)
             where = f"{name}, {group}" if len(groups) > 1 else name
-            table.add_row(where, point, f"{len(found)}/{len(cells)}", *figures)
+            table.add_row(where, _missed(cells[0], found) or point, f"{len(found)}/{len(cells)}", *figures)
         self.live.update(Group(table, self.bar))
 
 
@@ -94,7 +94,16 @@ def _said(cell: Cell) -> str:
     return " ".join(filter(None, (cell.name, cell.point, f"seed {cell.seed}")))
 
 
-def _of(found: Sequence[dict[str, float]], key: str) -> str:
+def _missed(cell: Cell, found: Sequence[dict[str, float]]) -> str | None:
+    cur, mac_ratio = (_mean(found, key) for key in ("cur", "mac_ratio"))
+    return None if cur is None or mac_ratio is None else missed(cell.recipe, cur, mac_ratio)
+
+
+def _mean(found: Sequence[dict[str, float]], key: str) -> float | None:
     values = [figures[key] for figures in found if key in figures]
-    scale = 100 if key == "cur" else 1
-    return f"{scale * sum(values) / len(values):.2f}" if values else "-"
+    return sum(values) / len(values) if values else None
+
+
+def _of(found: Sequence[dict[str, float]], key: str) -> str:
+    mean = _mean(found, key)
+    return "-" if mean is None else f"{(100 if key == 'cur' else 1) * mean:.2f}"

@@ -35,11 +35,12 @@ def described(found: Recorded, condition: str) -> str:
     if condition == "date" and rows and UNRECORDED not in rows:
         return " to ".join(dict.fromkeys((min(rows), max(rows))))
     most, *others = sorted(rows, key=lambda what: -len(rows[what])) or [NOTHING]
-    differing = "; ".join(f"{what} for {_listed(rows[what])}" for what in others)
+    differing = "; ".join(f"{what} for {listed(rows[what])}" for what in others)
     return f"{most} (but {differing})" if differing else most
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
