@@ -48,8 +48,8 @@ NAMES = {  # of methods, as their authors write them; all others go by their own
     "learning-to-cache": "Learning-to-Cache",
     "smoothcache": "SmoothCache",
     "interval": "FORA",
-    "deepcache": "DeepCache",
-    "faster-diffusion": "Faster Diffusion",
+    "deepcache": "DeepCache, by branch",  # and not by feature map, see caching/long_skips
+    "faster-diffusion": "Faster Diffusion, by branch",
     "efficientdm": "EfficientDM",
     "ptq4dit": "PTQ4DiT",
     "diff-pruning": "Diff-Pruning",

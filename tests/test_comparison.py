@@ -178,8 +178,8 @@ def test_a_recipe_may_be_changed_named_and_varied(tmp_path):
     _, plain, *varied = cells_of(load_comparison([file]))[0]
     assert (plain.name, plain.recipe.caching.proxy, plain.budget) == ("without IEPO", "none", 0.3)
     assert [(cell.name, cell.point, cell.recipe.caching.every) for cell in varied] == [
-        ("DeepCache", "every 2", 2),
-        ("DeepCache", "every 5", 5),
+        ("DeepCache, by branch", "every 2", 2),
+        ("DeepCache, by branch", "every 5", 5),
     ]
 
 
