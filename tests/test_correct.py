@@ -150,9 +150,9 @@ def test_vectors_whose_samples_are_not_finite_are_never_the_best(size: float) ->
     large = tuple(np.full((len(compute), width), size, np.float32) * reused[:, [n]] for n, width in enumerate(widths))
     broken = replace(usual, a=large, b=large)
     assert problem.score_db(compute, usual) > problem.score_db(compute, broken) == -np.inf
-    for candidates in ((broken, usual), (usual, broken)):
-        assert problem.best(compute, candidates, 4) is usual
-    assert problem.best(compute, (broken, broken), 4) is None
+    for candidates in ({"broken": broken, "usual": usual}, {"usual": usual, "broken": broken}):
+        assert [*problem.scores_db(compute, candidates, 4)] == ["usual"]
+    assert not problem.scores_db(compute, {"broken": broken}, 4)
 
 
 def test_where_no_samples_are_finite_reuse_is_plain_and_that_is_said() -> None:
@@ -224,6 +224,9 @@ def test_train_leaves_a_corrected_schedule(tiny_run, tmp_path) -> None:
     flags |= {"caching.every": 3, "caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
     schedule = train(resolve(None, flags), tmp_path / "run")
     assert schedule.reuse == "corrected" and schedule.method["degenerate_channels"] == 0
+    scores = schedule.method["start_score_db"]
+    assert {*scores} == {"least squares", "taylor", "plain"}
+    assert scores[schedule.method["start"]] == max(scores.values())
     assert schedule.method["fallbacks"] == schedule.fallbacks >= 2 * len(schedule.names)  # calls 1 and 2 have no p
     setting, opened = open_finished(tmp_path / "run")
     assert opened.fingerprint == schedule.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import warnings
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CFG, make_dit, make_pixart, make_table, random_mask
+from conftest import CFG, make_dit, make_pixart, make_table, make_uvit, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,7 @@ from hcompress.errors import MissingExtra, ModelError, RecipeError
 from hcompress.lowbit.adapter import twin
 from hcompress.lowbit.grid import FORMATS, SMALLEST_SCALE, pack, unpack
 from hcompress.lowbit.linear import QuantLinear, absmax_scale, widen
-from hcompress.quant.analysis import analyze
+from hcompress.quant.analysis import KEPT, OUTLIER, analyze, keep
 from hcompress.quant.balance import balanced, folds_of
 from hcompress.quant.build import build
 from hcompress.quant.calibration import Walk, draw, least_error, nearest_run, observe, sampled, watch
@@ -321,6 +322,21 @@ def test_smoothquant_takes_a_weight_that_ignores_an_input() -> None:
     assert not quantized.network.get_submodule(reader).integers[:, 3].any()
 
 
+def test_smoothquant_names_a_weight_that_ignores_all_inputs() -> None:
+    """It would make an input of rounding errors for the next layer, and a range of those."""
+    base = FAMILIES["dit"]()
+    value = base.network.get_submodule("transformer_blocks.0.attn1.to_v")
+    with torch.no_grad():
+        value.weight.zero_()
+    with pytest.raises(ModelError, match=r"blocks\.0\.attn1\.to_v is all zero, which nothing can balance"):
+        ptq(base, walk_of(), PtqSettings(method="int8-smoothquant"))
+
+
+def test_smoothquant_is_refused_where_it_would_balance_nothing() -> None:
+    with pytest.raises(RecipeError, match="nothing to balance; use int8-max"):
+        ptq(make_uvit(), walk_of(), PtqSettings(method="int8-smoothquant"))
+
+
 def test_smoothquant_needs_no_second_walk(tiny_dit: Adapter) -> None:
     """Ranges of the folded model follow from each channel's: those of a walk over it agree."""
     quantized: Any = ptq(tiny_dit, walk_of(), PtqSettings(method="int8-smoothquant"))
@@ -382,6 +398,21 @@ def test_the_layer_that_hurts_most_is_ranked_first(tiny_dit: Adapter) -> None:
     assert [one.error for one in ranked] == sorted((one.error for one in ranked), reverse=True)
     assert all("norm1" in one.name for one in ranked[:2])  # the two in four bits, of fourteen
     assert all(one.error > 0 for one in ranked)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.tuples(st.floats(1e-9, 1e3), st.integers(1, 10**6)), min_size=1))
+def test_what_is_proposed_stands_out_and_is_a_twentieth_of_the_weights(layers: dict[str, tuple[float, int]]) -> None:
+    errors = {name: error for name, (error, _) in layers.items()}
+    weights = {name: count for name, (_, count) in layers.items()}
+    kept = keep(errors, weights)
+    limit, most = OUTLIER * statistics.median(errors.values()), KEPT * sum(weights.values())
+    assert all(errors[name] > limit for name in kept)
+    total = sum(weights[name] for name in kept)
+    assert total <= most
+    worst = max((errors[name] / weights[name] for name in kept), default=0)
+    for name in errors.keys() - kept:  # left out: borne, or too large for what was left
+        if errors[name] > limit and errors[name] / weights[name] > worst:
+            assert weights[name] > most
 
 
 # ---- weights alone

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,14 +63,15 @@ class Corrected:
     """What a mask's reused branches yield, and what a schedule's `method` says of it."""
 
     corrections: Corrections | None = None
-    history: Mapping[str, int | str] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
 
 
 def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
     """The corrections of the mask bool[T, N] by the rule that `settings` ask for.
 
-    Fitted ones start from least squares, Taylor's rule or plain reuse, whichever gives the best samples, and are tuned.
-    Where none gives finite samples, reuse is plain, and the problem's `notice` is told.
+    Fitted ones start from least squares, Taylor's rule or plain reuse, whichever gives the best samples, and are tuned;
+    the history says from which, and the signal-to-noise ratios of all. Where none gives finite samples, reuse is plain,
+    and the problem's `notice` is told.
     """
     if settings.reuse == "plain":
         return Corrected()
@@ -79,19 +81,20 @@ def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettin
         return Corrected(corrections, {"fallbacks": corrections.fallbacks(compute)})
     fitted = fit(problem, compute, settings.fit_samples)
     zeros = tuple(np.zeros((len(compute), width), np.float32) for width in widths)
-    starts = (
-        fitted.corrections(widths),
-        replace(taylor(compute, widths), rule="corrected"),
-        Corrections("corrected", zeros, zeros, zeros),
-    )
-    best = problem.best(compute, starts, MEASURED)
-    if best is None:
+    starts = {
+        "least squares": fitted.corrections(widths),
+        "taylor": replace(taylor(compute, widths), rule="corrected"),
+        "plain": Corrections("corrected", zeros, zeros, zeros),
+    }
+    scores = problem.scores_db(compute, starts, MEASURED)
+    if not scores:
         problem.notice("reuse is plain, not corrected: fitted, Taylor's or plain, no samples of this mask are finite")
         return Corrected(history={"reuse": "plain"})
+    start = next(iter(scores))
     tuned = settings.fit_steps and not compute.all()
-    corrections = tune(problem, compute, best, settings.fit_steps) if tuned else best
+    corrections = tune(problem, compute, starts[start], settings.fit_steps) if tuned else starts[start]
     counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
-    return Corrected(corrections, counts)
+    return Corrected(corrections, counts | {"start": start, "start_score_db": scores})
 
 
 @torch.no_grad()

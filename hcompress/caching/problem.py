@@ -130,11 +130,13 @@ class Problem:
         ratio = dense.square().mean().item() / max(error, TINY)
         return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
 
-    def best(self, compute: NDArray[np.bool_], candidates: Sequence[Corrections], count: int) -> Corrections | None:
-        """The candidate of the best `count` samples, the first of equals; None where no candidate's are finite."""
-        scored = [(self.score_db(compute, one, count), one) for one in candidates]
-        score, found = max(scored, key=lambda pair: pair[0])
-        return found if score > -math.inf else None
+    def scores_db(
+        self, compute: NDArray[np.bool_], candidates: Mapping[str, Corrections], count: int
+    ) -> dict[str, float]:
+        """`score_db` of `count` samples of each, the best first; only those whose samples are finite."""
+        scored = {name: self.score_db(compute, one, count) for name, one in candidates.items()}
+        finite = {name: score for name, score in scored.items() if score > -math.inf}
+        return dict(sorted(finite.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def tune(problem: Problem, compute: NDArray[np.bool_], start: Corrections, steps
             rows.grad = None if rows.grad is None else problem.ranks.mean(rows.grad).nan_to_num(0.0, 0.0, 0.0)
         optimizer.step()
     tuned = _corrections(vectors, sizes, compute)
-    return problem.best(compute, (start, tuned), 2 * BATCH) or start
+    scores = problem.scores_db(compute, {"start": start, "tuned": tuned}, 2 * BATCH)
+    return tuned if next(iter(scores), "start") == "tuned" else start
 
 
 def _sample(

@@ -2,13 +2,14 @@
 
     error of a layer = mean over calls of  |o - o_layer|^2 / |o|^2,   o the guided output on the float model's own state
 
-States are the float trajectory's, so no layer pays for what an earlier call did.
+States are the float trajectory's, so no layer pays for what an earlier call did. What is kept costs its bytes, so of
+the layers that stand out those are proposed that do the most harm for their size, as far as a twentieth of all goes.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,8 @@ from hcompress.quant.calibration import Draw, Walk, observe
 from hcompress.quant.selection import Selection
 from hcompress.sampling import constants_of, trajectory
 
-OUTLIER = 10.0  # times the median error: proposed to be kept
+OUTLIER = 10.0  # times the median error: stands out
+KEPT = 0.05  # of all weights that would be quantized may be proposed to be kept
 CALLS = 5  # of the trajectory, spread evenly, on which a layer is judged
 
 
@@ -44,7 +46,7 @@ def analyze(
 ) -> list[Sensitivity]:
     """Every layer of `selection`, the most sensitive first; ranges are min-max, for each call.
 
-    `proposed` are those whose error is more than OUTLIER times the median: keep them, and the rest costs little.
+    `proposed` are those to keep, see `keep`.
     on_layer: told how many of how many are done. Raises what `observe` and `build` raise.
     """
     seen = observe(adapter, selection, walk, num_values=0)
@@ -64,18 +66,30 @@ def analyze(
             shares.append((off / want[call].square().sum()).item())
         errors[layer.name] = statistics.fmean(shares)
         on_layer(done + 1, len(selection.layers))
-    limit = OUTLIER * statistics.median(errors.values())
+    weights = {name: adapter.network.get_submodule(name).get_parameter("weight").numel() for name in errors}
+    kept = keep(errors, weights)
     found = [
         Sensitivity(
             name,
             error,
             f"{selection.formats[name].weight}/{selection.formats[name].activation or 'float'}",
-            adapter.network.get_submodule(name).get_parameter("weight").numel(),
-            error > limit,
+            weights[name],
+            name in kept,
         )
         for name, error in errors.items()
     ]
     return sorted(found, key=lambda one: -one.error)
+
+
+def keep(errors: Mapping[str, float], weights: Mapping[str, int]) -> set[str]:
+    """Layers to leave in float: of those above OUTLIER times the median error the worst for their size, up to KEPT."""
+    limit, left = OUTLIER * statistics.median(errors.values()), KEPT * sum(weights.values())
+    kept = set()
+    for name in sorted(errors, key=lambda name: -errors[name] / weights[name]):
+        if errors[name] > limit and weights[name] <= left:
+            kept.add(name)
+            left -= weights[name]
+    return kept
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hcompress.adapter import Adapter
-from hcompress.errors import missing
+from hcompress.errors import ModelError, RecipeError, missing
 from hcompress.lowbit.adapter import QuantizedAdapter, twin
 from hcompress.lowbit.grid import SMALLEST_SCALE, Format
 from hcompress.quant.balance import balanced, folds_of
@@ -43,11 +43,17 @@ def ptq(
 ) -> QuantizedAdapter:
     """`adapter` in few bits, by the method and in the format that `settings` name.
 
-    Raises MissingExtra without modelopt, ModelError for an input or weight that has no range, what `select` raises.
+    Raises MissingExtra without modelopt, ModelError for an input or weight that has no range, RecipeError where
+    SmoothQuant has nothing to balance, what `select` raises.
     """
     selection = select_as(adapter, settings)
     algorithm: Any = "max"
     if settings.method == "int8-smoothquant":
+        if not folds_of(adapter, selection):
+            raise RecipeError(
+                "int8-smoothquant finds no input of this model that a linear layer makes, so there is nothing to "
+                "balance; use int8-max, which it would be"
+            )
         algorithm = {"method": "smoothquant", "alpha": settings.alpha}
     percentile = settings.percentile if settings.method == "int8-percentile" else None
     found = calibrate(adapter, selection, walk, algorithm, percentile, on_call)
@@ -102,6 +108,11 @@ def calibrate(
         for name in selection.columns:
             layer = model.network.get_submodule(name)
             weight = layer.get_parameter("weight").clone()
+            if not weight.any():
+                raise ModelError(
+                    f"the weight of {name} is all zero, which nothing can balance; leave the layer in float with "
+                    f"--keep '{name}', or use int8-max"
+                )
             weight[:, ~weight.any(dim=0)] = TINY
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantizers = convert(model, selection, algorithm, percentile, walk, on_call)
