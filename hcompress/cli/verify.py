@@ -31,7 +31,7 @@ def verify(
     Asked call by call, from PyTorch's latents, and chained, over a whole generation. Relative, 1e-4 is allowed in
     float32 and 2e-2 in float16. Layers in few bits round their inputs, where the last bit may decide a tie. So in
     float32, on ONNX Runtime, PyTorch rounds call by call what the bundle rounds, which is compared too, within the same
-    1e-4. Chained, 5 times as much is allowed as a few roundings move PyTorch itself, and at least 1e-3. For float16 and
+    1e-4. Chained, 10 times as much is allowed as a few roundings move PyTorch itself, at least 1e-3. For float16 and
     TensorRT in few bits the two are not told apart, and the limit is wider. Step sizes must be the model's to 1e-4.
 
     Prints the first call and tensor that drifts further, and exits 1 then, or where no backend could run it.
