@@ -122,6 +122,16 @@ def test_train_and_generate_take_it_with_no_other_flag(hcompress: Any, run: Path
         schedule.check_fits(dense.adapter.graph, dense.identity)
 
 
+def test_verify_says_how_it_compared_a_bundle_in_few_bits(hcompress: Any, run: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    assert hcompress("export", run, "--schedule", "interval:2", "--out", bundle)[0] == 0
+    code, out, _ = hcompress("verify", bundle, "--json")
+    proof = next(proof for proof in json.loads(out)["proofs"] if not proof["skipped"])
+    assert code == 0 and proof["rounded"] and proof["worst"] <= proof["tolerance"] == 1e-4  # as without rounding
+    assert proof["chained"] <= proof["chained_tolerance"] and proof["chained_tolerance"] >= 1e-3
+    assert "call by call, of the same rounded inputs, " in hcompress("verify", bundle)[1]
+
+
 def test_eval_and_inspect_take_it(hcompress: Any, run: Path, tmp_path: Path) -> None:
     setting = open_setting(str(run), "ddim", CALLS, CFG)
     mask = random_mask(CALLS, len(setting.adapter.graph))

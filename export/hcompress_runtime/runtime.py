@@ -129,25 +129,33 @@ class Runtime:
         return np.concatenate([self._decoder.run(None, {"latent": samples[i : i + 1]})[0] for i in range(len(samples))])
 
     def step(
-        self, call: int, latent: Value, conditions: Mapping[str, Value], slots: dict[str, Value]
+        self,
+        call: int,
+        latent: Value,
+        conditions: Mapping[str, Value],
+        slots: dict[str, Value],
+        results: dict[str, Value] | None = None,
     ) -> tuple[Value, dict[str, Value]]:
         """Model output [B, C, H, W] of one call, and the slots it wrote; brings `slots` up to date.
 
         latent, conditions: of the B samples, complete, where the backend has them (`put`); the call's noise is among
                             the conditions if the graphs want it, see hcompress_runtime.table
+        results:            filled with all that the graph gave
         """
         plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
         for name in plan.keeps:
             slots[before(name)] = slots.pop(name)
         held = {f"cache_in.{before(name)}": value for name, value in slots.items()}  # where there is no other yet
         held |= {f"cache_in.{name}": value for name, value in slots.items()}
-        results = engine.infer({"latent": latent, **conditions, **self._constants[call], **held})
-        written = {name: results[f"cache_out.{name}"] for name in plan.writes}
+        got = engine.infer({"latent": latent, **conditions, **self._constants[call], **held})
+        if results is not None:
+            results |= got
+        written = {name: got[f"cache_out.{name}"] for name in plan.writes}
         slots |= written
         self.peak_cache_bytes = max(self.peak_cache_bytes, sum(map(engine.nbytes, slots.values())))
         for name in plan.frees:
             del slots[name]
-        return results["model_output"], written
+        return got["model_output"], written
 
     def _generate(
         self, conditions: Rows, seed: int, streams: Sequence[int], on_step: OnStep | None
