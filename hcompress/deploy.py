@@ -17,7 +17,7 @@ from hcompress.errors import InputError, ScheduleError
 from hcompress.lowbit.artefact import FILE, network_bytes, read_origin
 from hcompress.models.decoder import load_decoder
 from hcompress.recipe import resolve_any
-from hcompress.rundir import RunDir, flags_of, own_flags
+from hcompress.rundir import RunDir, flags_of, own_flags, own_schedule
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_finished, open_setting, open_with
 from hcompress_export.bundle import export_bundle
@@ -65,7 +65,8 @@ def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, An
     if own := own_flags(source):
         flags = own
         _refuse_others(source, own, asked)
-        schedule = schedule or (str(run.schedule) if run.schedule.exists() else None)
+        its = own_schedule(source)
+        schedule = schedule or (str(its) if its else None)
         dense = dense or schedule is None
     elif run.recipe.exists():
         recipe = resolve_any(run.recipe)

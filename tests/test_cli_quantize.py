@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -133,6 +134,30 @@ def test_eval_and_inspect_take_it(hcompress: Any, run: Path, tmp_path: Path) -> 
     described = json.loads(stdout)
     assert code == 0 and len(described["branches"]) == 4
     assert described["quantization"]["method"]["name"] == "int8-max"
+
+
+def test_a_schedule_of_its_own_is_what_it_runs_under_unless_told_otherwise(
+    hcompress: Any, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "q"
+    shutil.copytree(run, own)
+    setting = open_setting(str(own), "ddim", CALLS, CFG)
+    mask = np.zeros((CALLS, len(setting.adapter.graph)), bool)
+    mask[0] = True
+    Schedule(mask, setting.adapter.graph.names, setting.identity, {"name": "rare"}).save(own / "schedule.safetensors")
+    told, pixels = f"under {own / 'schedule.safetensors'}, the schedule that its step sizes were made for", {}
+    ways: dict[str, tuple[object, ...]] = {"own": (), "given": ("--schedule", own), "dense": ("--dense",)}
+    for name, flags in ways.items():
+        code, _, err = hcompress("generate", own, "--labels", "0,1,2,3,4", "--out", tmp_path / f"{name}.npz", *flags)
+        assert code == 0 and (told in err) == (name == "own")
+        pixels[name] = np.load(tmp_path / f"{name}.npz")["arr_0"]
+        code, stdout, err = hcompress("eval", own, "--samples", 2, "--json", *flags)
+        assert code == 0 and (told in err) == (name == "own")
+        assert json.loads(stdout).get("cur") == (None if name == "dense" else pytest.approx(1 - mask.mean()))
+    assert (pixels["own"] == pixels["given"]).all() and (pixels["own"] != pixels["dense"]).any()
+    code, _, err = hcompress("eval", own, "--schedule", own, "--dense")
+    assert code == 1 and "leave out --dense or --schedule" in line(err)
+    assert "error" not in hcompress("eval", own, "--reuse", "taylor", "--samples", 2)[2]
 
 
 def test_analyze_ranks_and_draws(hcompress: Any, model: Path, tmp_path: Path) -> None:
