@@ -44,7 +44,7 @@ def open_source(
 
     reuse: the rule that the schedule is to run under, where that takes no fit; None leaves it its own
 
-    solver, steps, cfg: of a MODEL, None for ddim, 20 and 1.5
+    solver, steps, cfg: of a MODEL, None for ddim, and for steps and guidance of a `schedule` in a file, else 20 and 1.5
 
     A folder of `hcompress quantize` is a MODEL with solver, steps and guidance of its own, and perhaps a schedule; it
     is exported dense where it has none.
@@ -77,6 +77,8 @@ def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, An
             )
         setting, learned = open_finished(Path(source))
         return setting, None if dense else learned
+    elif schedule is not None and not dense and Path(schedule).exists():
+        flags |= {key: value for key, value in Schedule.load(schedule).flags.items() if key not in asked}
     solver, steps, cfg = (flags[key] for key in ("solver.name", "solver.steps", "cfg"))
     if dense:
         return open_setting(source, solver, steps, cfg), None
@@ -137,6 +139,7 @@ class Decision:
     estimates:     of every layout
     chosen:        one of them
     why:           a sentence
+    warning:       a line, where its corrections were fitted at another guidance scale
     """
 
     schedule: Schedule | None
@@ -144,6 +147,7 @@ class Decision:
     estimates: Mapping[str, Estimate]
     chosen: Estimate
     why: str
+    warning: str | None = None
 
 
 def decide(
@@ -174,6 +178,7 @@ def decide(
         schedule = _remasked(schedule, merged, graph, max_graphs)
     if schedule:
         compute = schedule.compute
+    warning = schedule.fitted_elsewhere(setting.cfg) if schedule else None
     rows = batch * (1 if setting.cfg == 1.0 else 2)
     itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
     formats = layers_of(setting.adapter.network)
@@ -194,14 +199,14 @@ def decide(
     if layout == "auto":
         integers = any(one["weight"] == one["activation"] == "int8" for one in formats)
         chosen, why = choose(every, backend=backend, memory_budget=memory_budget, integers=integers)
-        return Decision(schedule, given_up, estimates, chosen, why)
+        return Decision(schedule, given_up, estimates, chosen, why, warning)
     if layout not in estimates:
         raise InputError(f"there is no layout {layout!r}; choose from: auto, {', '.join(estimates)}")
     chosen = estimates[layout]
     if memory_budget is not None and chosen.device_bytes > memory_budget:
         needed, allowed = (f"{size / 1e6:.1f} MB" for size in (chosen.device_bytes, memory_budget))
         raise InputError(f"{layout} needs {needed}, over the budget of {allowed}; raise it or pass --layout auto")
-    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.")
+    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.", warning)
 
 
 def _remasked(schedule: Schedule, merged: NDArray[np.bool_], graph: BranchGraph, max_graphs: int) -> Schedule:

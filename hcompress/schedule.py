@@ -106,9 +106,9 @@ class Schedule:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Steps and guidance that it is for, as flags of a recipe."""
-        scale = self.identity.cfg
-        return {"solver.steps": int(self.identity.solver["steps"]), "cfg": 1.0 if scale is None else scale}
+        """Steps, where they are recorded, and guidance that it is for, as flags of a recipe."""
+        scale, steps = self.identity.cfg, self.identity.solver.get("steps")
+        return ({} if steps is None else {"solver.steps": int(steps)}) | {"cfg": 1.0 if scale is None else scale}
 
     @property
     def fingerprint(self) -> str:

@@ -6,17 +6,20 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CALLS, export, random_mask
+from conftest import CALLS, export, random_corrections, random_mask
 from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from hcompress.models.dit import DiT
+from hcompress.models.loading import load_model
 from hcompress.report.latency import compare_bundles
+from hcompress.schedule import Schedule
 from hcompress_runtime.bundle import WEIGHTS, open_bundle
 from hcompress_runtime.errors import HcompressError
 from hcompress_runtime.images import grid
@@ -243,6 +246,26 @@ def test_dry_run_says_what_every_layout_takes_and_writes_nothing(
     assert [one["layout"] for one in figures["layouts"]] == ["embedded", "per-mask", "switch"]
     assert all(one["device_bytes"] > one["weight_bytes"] > 0 < one["disk_bytes"] for one in figures["layouts"])
     assert "scratch" in hcompress("export", tiny_run, "--dry-run")[1]
+
+
+def test_a_schedule_in_a_file_brings_its_steps_and_guidance_and_another_scale_is_warned_of(
+    hcompress: Any, tiny_run: Path, tmp_path: Path
+) -> None:
+    schedule, model = Schedule.load(tiny_run), tiny_run.parent / "model"
+    widths = load_model(str(model)).adapter.graph.widths
+    identity = replace(schedule.identity, cfg=2.5)
+    fitted = replace(schedule, identity=identity, corrections=random_corrections(schedule.compute, widths))
+    fitted.save(tmp_path / "fitted.safetensors")
+    flags = ("--schedule", tmp_path / "fitted.safetensors", "--out", tmp_path / "bundle", "--no-prove")
+    code, _, err = hcompress("export", model, *flags)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert code == 0 and "fitted" not in err and (bundle.table.num_calls, bundle.cfg) == (CALLS, 2.5)
+    code, _, err = hcompress("export", model, *flags, "--cfg", 3.0, "--dry-run")
+    assert code == 0 and "corrections were fitted at guidance 2.5, not 3.0" in " ".join(err.split())
+    code, _, err = hcompress("export", model, *flags, "--steps", 7)
+    assert code == 1 and "use the same solver and --steps" in err
+    code, _, err = hcompress("export", model, *flags, "--cfg", 3.0, "--reuse", "plain", "--dry-run")
+    assert code == 0 and "fitted" not in err
 
 
 def test_a_rule_on_a_model_exports_with_merged_masks(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:

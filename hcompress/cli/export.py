@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,8 +42,12 @@ def export(
         str | None, typer.Option(help="Freeze the mask under another rule: plain, taylor.", show_default="its own")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="MODEL only.", show_default="ddim")] = None,
-    steps: Annotated[int | None, typer.Option(help="MODEL only.", show_default="20")] = None,
-    cfg: Annotated[float | None, typer.Option(help="MODEL only.", show_default="1.5")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="MODEL only; those of a schedule in a file.", show_default="20")
+    ] = None,
+    cfg: Annotated[
+        float | None, typer.Option(help="MODEL only; that of a schedule in a file.", show_default="1.5")
+    ] = None,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with PyTorch before it counts.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what every layout would take; write nothing.")
@@ -75,6 +80,8 @@ def export(
             max_graphs=max_graphs,
             memory_budget=budget,
         )
+        if decision.warning:
+            print(decision.warning, file=sys.stderr)
         if out is None or dry_run:
             return _print_decision(decision, as_json)
         bundle, errors = deploy(setting, decision, out, dtype=dtype, proven=prove, progress=status.update)

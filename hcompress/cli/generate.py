@@ -151,14 +151,10 @@ def _from_model(
     if threads:
         torch.set_num_threads(threads)
     learned = Schedule.load(schedule) if schedule else None
-    own = own_flags(model)
-    solver = solver or own.get("solver.name", "ddim")
-    if steps is None:
-        steps = int(learned.identity.solver["steps"]) if learned else own.get("solver.steps", 20)
-    if cfg is None:
-        cfg = learned.identity.cfg if learned else own.get("cfg")
-    cfg = 1.5 if cfg is None else cfg
-    setting = open_setting(model, solver, steps, cfg, device=device)
+    own = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
+    own |= learned.flags if learned else {}
+    steps, cfg = own["solver.steps"] if steps is None else steps, own["cfg"] if cfg is None else cfg
+    setting = open_setting(model, solver or own["solver.name"], steps, cfg, device=device)
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)
         if note := learned.fitted_elsewhere(setting.cfg):
