@@ -24,8 +24,9 @@ from hcompress_export.bundle import export_bundle
 from hcompress_export.merge import merge
 from hcompress_export.parity import prove
 from hcompress_export.planner import ENGINES, Estimate, choose, estimate
-from hcompress_export.qdq import layers_of
-from hcompress_runtime.backends import check_target, choose_flavor, load
+from hcompress_export.qdq import layers_of, opset_of
+from hcompress_export.trace import OPSET, OPSETS
+from hcompress_runtime.backends import check_formats, check_target, choose_flavor, load
 from hcompress_runtime.bundle import ITEM_BYTES, Bundle
 from hcompress_runtime.engine_cache import gpu_here
 
@@ -115,6 +116,11 @@ def check_engines(flavor: str, layout: str, sms: Sequence[int]) -> str:
     return {"trt": "tensorrt", "rtx": "rtx"}[chosen.name]
 
 
+def check_engine_formats(setting: Setting, flavor: str, sms: Sequence[int]) -> None:
+    """Raise EngineError for a format that the GPUs of `sms`, or the one here, do not have; `flavor` is of those."""
+    check_formats(layers_of(setting.adapter.network), sms or [gpu_here(choose_flavor(flavor))])
+
+
 def check_made_for(setting: Setting, schedule: Schedule | None) -> None:
     """Raise ScheduleError where the step sizes of a quantized model were learned under another schedule."""
     file = Path(setting.model.name) / FILE
@@ -139,6 +145,7 @@ class Decision:
     estimates:     of every layout
     chosen:        one of them
     why:           a sentence
+    opset:         of ONNX, as asked; None: the usual one
     warning:       a line, where its corrections were fitted at another guidance scale
     """
 
@@ -147,6 +154,7 @@ class Decision:
     estimates: Mapping[str, Estimate]
     chosen: Estimate
     why: str
+    opset: int | None = None
     warning: str | None = None
 
 
@@ -160,14 +168,18 @@ def decide(
     batch: int = 1,
     max_graphs: int | None = None,
     memory_budget: int | None = None,
+    opset: int | None = None,
 ) -> Decision:
     """Merge masks where `max_graphs` asks for it, then take `layout`, or under "auto" the planner's.
 
-    backend: a key of hcompress_export.planner.ENGINES; batch: samples; memory_budget: bytes.
-    Raises InputError where layout or precision do not exist or nothing fits into the budget, ScheduleError for
+    backend: a key of hcompress_export.planner.ENGINES; batch: samples; memory_budget: bytes; opset: None for the usual.
+    Raises InputError where layout, precision or opset do not exist or nothing fits into the budget, ScheduleError for
     `max_graphs`.
     """
     check_made_for(setting, schedule)
+    if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
+        raise InputError(f"--opset {opset} should be one of {OPSETS[0]} to {OPSETS[1]}; {OPSET} is the usual one")
+    opset_of(setting.adapter.network, OPSET, opset)
     if dtype not in ITEM_BYTES:
         raise InputError(f"there is no precision {dtype!r}; choose from: {', '.join(ITEM_BYTES)}")
     graph, given_up = setting.adapter.graph, 0.0
@@ -199,14 +211,14 @@ def decide(
     if layout == "auto":
         integers = any(one["weight"] == one["activation"] == "int8" for one in formats)
         chosen, why = choose(every, backend=backend, memory_budget=memory_budget, integers=integers)
-        return Decision(schedule, given_up, estimates, chosen, why, warning)
+        return Decision(schedule, given_up, estimates, chosen, why, opset, warning)
     if layout not in estimates:
         raise InputError(f"there is no layout {layout!r}; choose from: auto, {', '.join(estimates)}")
     chosen = estimates[layout]
     if memory_budget is not None and chosen.device_bytes > memory_budget:
         needed, allowed = (f"{size / 1e6:.1f} MB" for size in (chosen.device_bytes, memory_budget))
         raise InputError(f"{layout} needs {needed}, over the budget of {allowed}; raise it or pass --layout auto")
-    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.", warning)
+    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.", opset, warning)
 
 
 def _remasked(schedule: Schedule, merged: NDArray[np.bool_], graph: BranchGraph, max_graphs: int) -> Schedule:
@@ -260,6 +272,7 @@ def deploy(
         layout=decision.chosen.layout,
         widen=bool(schedule and "max_graphs" in schedule.method),
         decoder=load_decoder(setting.model.folder),
+        opset=decision.opset,
         inspect=inspect,
     )
     return bundle, errors

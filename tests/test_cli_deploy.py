@@ -289,6 +289,7 @@ def test_a_rule_on_a_model_exports_with_merged_masks(hcompress: Any, tiny_run: P
         (["--memory-budget", "1kB", "--layout", "switch"], "switch needs"),
         (["--max-graphs", "0"], "--max-graphs 1 or more"),
         (["--dtype", "float8"], "no precision 'float8'; choose from: float32, float16, bfloat16"),
+        (["--opset", "17"], "--opset 17 should be one of 18 to 24; 20 is the usual one"),
     ],
 )
 def test_what_export_cannot_do_is_one_line(

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
 from conftest import CALLS, CFG, make_dit, random_mask
 from PIL import Image
 
-from hcompress.errors import ModelError, RecipeError, ScheduleError
+from hcompress.errors import EngineError, ModelError, RecipeError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import read_origin
 from hcompress.models.loading import load_model
@@ -22,6 +23,8 @@ from hcompress.quantize import quantize, resample
 from hcompress.recipe import resolve_any, resolve_quant
 from hcompress.schedule import Schedule
 from hcompress.setting import open_setting
+from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.engine_cache import build_engines
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,37 @@ def test_a_schedule_of_its_own_is_what_it_runs_under_unless_told_otherwise(
     code, _, err = hcompress("eval", own, "--schedule", own, "--dense")
     assert code == 1 and "leave out --dense or --schedule" in line(err)
     assert "error" not in hcompress("eval", own, "--reuse", "taylor", "--samples", 2)[2]
+
+
+def quantized_as(method: str, model: Path, out: Path) -> Path:
+    flags = {"model": str(model), "solver.steps": CALLS, "cfg": CFG, "quant.method": method, "quant.samples": 1}
+    quantize(resolve_quant(None, flags), out)
+    return out
+
+
+def test_an_opset_is_what_the_bundle_is_in_or_one_line(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    source, out = quantized_as("int4-wo", model, tmp_path / "q"), tmp_path / "bundle"
+    code, _, err = hcompress("export", source, "--opset", 20, "--out", out)
+    assert code == 1 and "ONNX opset 20 has no int4 weights; use 21" in line(err) and not out.exists()
+    assert hcompress("export", source, "--opset", 22, "--out", out)[0] == 0
+    bundle = open_bundle(out)
+    files = [onnx.load(out / graph, load_external_data=False) for graph in (*bundle.graphs, "update.onnx")]
+    assert {file.opset_import[0].version for file in files} == {bundle.manifest["opset"]} == {22}
+
+
+def test_float8_engines_for_a_gpu_without_it_are_refused_before_the_export(
+    hcompress: Any, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed; pip install 'hcompress[trt-rtx]'")
+    source, out = quantized_as("fp8", model, tmp_path / "q"), tmp_path / "bundle"
+    engines = ("--trt", "--flavor", "rtx", "--sm", 120, "--sm", 86)
+    code, _, err = hcompress("export", source, *engines, "--out", out)
+    assert code == 1 and "sm_86 has no float8, which needs sm_89 or newer; quantize to int8" in line(err)
+    assert not out.exists()
+    assert hcompress("export", source, "--out", out, "--no-prove")[0] == 0
+    with pytest.raises(EngineError, match="sm_86 has no float8"):
+        build_engines(open_bundle(out), "rtx", [120, 86])
+    assert not (out / "engines").exists()
 
 
 def test_analyze_ranks_and_draws(hcompress: Any, model: Path, tmp_path: Path) -> None:

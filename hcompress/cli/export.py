@@ -29,6 +29,7 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; norms and softmax stay float32.")
     ] = "float32",
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 to 24.", show_default="20; 21 for int4")] = None,
     max_graphs: Annotated[int | None, typer.Option(help="Merge masks, reuse becoming compute, to so many.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Refuse what needs more to run, such as 8GB.")] = None,
     batch: Annotated[str, typer.Option(help="Samples at once: 4, or least,best,most. ONNX graphs take any.")] = "1",
@@ -64,12 +65,14 @@ def export(
         raise InputError("export needs --out BUNDLE, the folder to make")
     budget = None if memory_budget is None else _bytes(memory_budget)
     with Console(stderr=True).status(f"loading {source}") as status:
-        from hcompress.deploy import check_engines, decide, deploy, open_source
+        from hcompress.deploy import check_engine_formats, check_engines, decide, deploy, open_source
         from hcompress_runtime.engine_cache import build_engines, parse_batch
 
         sizes = parse_batch(batch)
         backend = check_engines(flavor, layout, sm or []) if trt else "ort-cpu"
         setting, frozen = open_source(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg, reuse=reuse)
+        if trt:
+            check_engine_formats(setting, flavor, sm or [])
         decision = decide(
             setting,
             frozen,
@@ -79,6 +82,7 @@ def export(
             batch=sizes[-1],
             max_graphs=max_graphs,
             memory_budget=budget,
+            opset=opset,
         )
         if decision.warning:
             print(decision.warning, file=sys.stderr)
