@@ -31,7 +31,8 @@ class Quantized:
     """A model before and after, under one solver and guidance.
 
     schedule: that the result was made for, and fits it
-    first:    where there is one, the model as it was when it ran under the float model's schedule
+    first:    where there is one, the model as it was when it ran under the float model's schedule; `quantized` itself
+              where that is kept
     """
 
     dense: Setting
@@ -129,7 +130,8 @@ def _distil(
             made.schedule.save(run.schedule)
         origin = origin_of(setting, made.adapter, made.schedule)
         save_quantized(made.adapter, setting.adapter, origin, run.quantized, active=made.active)
-    result, first = (with_adapter(setting, adapter, str(run.path)) for adapter in (made.adapter, made.first))
+    result = with_adapter(setting, made.adapter, str(run.path))
+    first = result if made.first is made.adapter else with_adapter(setting, made.first, str(run.path))
     return Quantized(setting, result, made.schedule, first if made.schedule else None)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -151,7 +151,7 @@ def _from_model(
     if threads:
         torch.set_num_threads(threads)
     learned = Schedule.load(schedule) if schedule else None
-    own = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
+    own: dict[str, Any] = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
     own |= learned.flags if learned else {}
     steps, cfg = own["solver.steps"] if steps is None else steps, own["cfg"] if cfg is None else cfg
     setting = open_setting(model, solver or own["solver.name"], steps, cfg, device=device)
