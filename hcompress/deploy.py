@@ -54,14 +54,17 @@ def open_source(
     differs from a folder's own.
     """
     asked = {"solver.name": solver, "solver.steps": steps, "cfg": cfg}
-    setting, found = _open(source, schedule, dense, {key: value for key, value in asked.items() if value is not None})
+    asked = {key: value for key, value in asked.items() if value is not None}
+    setting, found = _open(source, schedule, dense, reuse, asked)
     if found is None and reuse not in (None, "plain"):
         raise InputError(f"nothing is reused without a schedule; leave out --reuse {reuse}, or --dense")
     return setting, found and found.reusing(reuse, setting.adapter.graph)
 
 
-def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, Any]) -> tuple[Setting, Schedule | None]:
-    """As it was learned."""
+def _open(
+    source: str, schedule: str | None, dense: bool, reuse: str | None, asked: Mapping[str, Any]
+) -> tuple[Setting, Schedule | None]:
+    """As it was learned, read for `reuse`."""
     run, flags = RunDir(Path(source)), {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5, **asked}
     if own := own_flags(source):
         flags = own
@@ -76,10 +79,10 @@ def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, An
             raise InputError(
                 f"{source} is a run with a schedule of its own; leave out --schedule, or export {recipe.model} with it"
             )
-        setting, learned = open_finished(Path(source))
+        setting, learned = open_finished(Path(source), reuse=reuse)
         return setting, None if dense else learned
     elif schedule is not None and not dense and Path(schedule).exists():
-        flags |= {key: value for key, value in Schedule.load(schedule).flags.items() if key not in asked}
+        flags |= {key: value for key, value in Schedule.load(schedule, reuse=reuse).flags.items() if key not in asked}
     solver, steps, cfg = (flags[key] for key in ("solver.name", "solver.steps", "cfg"))
     if dense:
         return open_setting(source, solver, steps, cfg), None
@@ -87,7 +90,7 @@ def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, An
         raise InputError(
             f"{source} is no run folder; a MODEL needs --schedule, a file or a rule such as random:0.375, or --dense"
         )
-    return open_with(source, schedule, solver, steps, cfg)
+    return open_with(source, schedule, solver, steps, cfg, reuse=reuse)
 
 
 def _refuse_others(source: str, own: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -87,9 +88,10 @@ def quantize(
         schedule.check_fits(setting.adapter.graph, setting.identity)
         if schedule.corrections is not None:
             raise ScheduleError(
-                f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask "
-                "(`hcompress train --reuse plain`), then fit to what came out: "
-                "hcompress train RUN --schedule RUN --reuse corrected"
+                f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask, for "
+                f"which nothing is trained: hcompress train {quote(recipe.model)} --schedule {_file_of(settings)} "
+                f"--out PLAIN, then fit to what came out: hcompress train {quote(str(out))} --schedule {quote(str(out))} "
+                "--reuse corrected --out FITTED"
             )
     selection = selected(setting.adapter, settings, schedule)  # or there is a folder in the way of the mended command
     run = open_run(out, recipe, resume=resume)
@@ -105,6 +107,12 @@ def quantize(
         adapter.plan["solver"] = setting.identity.solver
         save_quantized(adapter, setting.adapter, origin_of(setting, adapter, schedule), run.quantized)
     return Quantized(setting, with_adapter(setting, adapter, str(out)))
+
+
+def _file_of(settings: Quant) -> str:
+    """The schedule that a command names."""
+    named = settings.with_cache if isinstance(settings, EfficientDMSettings) else None
+    return quote(named) if named else "SCHEDULE"
 
 
 def selected(adapter: Adapter, settings: Quant, schedule: Schedule | None = None) -> Selection:

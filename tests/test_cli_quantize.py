@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from conftest import CALLS, CFG, make_dit, random_mask
+from conftest import CALLS, CFG, make_dit, random_corrections, random_mask
 from PIL import Image
 
 from hcompress.errors import EngineError, ModelError, RecipeError, ScheduleError
@@ -360,6 +362,22 @@ def test_a_corrected_schedule_of_the_float_model_is_refused(tmp_path: Path, tiny
     with pytest.raises(ScheduleError, match="a schedule of taylor reuse belongs to the float model; quantize under"):
         quantize(recipe, tmp_path / "q", schedule=schedule)
     assert not (tmp_path / "q").exists()
+
+
+def test_the_command_that_strips_a_corrected_schedule_works_as_it_is_printed(
+    hcompress: Any, model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    schedule = Schedule.load(tiny_run)
+    vectors = random_corrections(schedule.compute, load_model(str(model)).adapter.graph.widths)
+    replace(schedule, corrections=vectors).save(tmp_path / "fitted.safetensors")
+    common = ("quantize", model, "--set", "quant.updates=5", "--keep-schedule", "--samples", 0, "--out", tmp_path / "q")
+    code, _, err = hcompress(*common, "--with-cache", tmp_path / "fitted.safetensors")
+    assert code == 1 and not (tmp_path / "q").exists()
+    command = line(err).split("hcompress train ")[1].removesuffix(", then fit to what came out: ")
+    assert hcompress("train", *shlex.split(command.replace("PLAIN", str(tmp_path / "plain"))))[0] == 0
+    stripped = Schedule.load(tmp_path / "plain")
+    assert stripped.reuse == "plain" and (stripped.compute == schedule.compute).all()
+    assert hcompress(*common, "--with-cache", tmp_path / "plain")[0] == 0
 
 
 def test_a_recipe_is_of_one_kind(tmp_path: Path) -> None:

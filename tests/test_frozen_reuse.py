@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -365,6 +366,21 @@ def test_a_rule_that_a_schedule_does_not_have_is_one_line(
     said = capsys.readouterr()
     assert (stopped.value.code, said.out) == (1, "") and not [*tmp_path.iterdir()]
     assert said.err.startswith("error: ") and WRONG[flags] in said.err and said.err.count("\n") == 1
+
+
+def test_a_schedule_whose_corrections_are_broken_runs_under_another_rule(
+    hcompress: Any, tiny_run: Path, tmp_path: Path
+) -> None:
+    schedule, model = Schedule.load(tiny_run), tiny_run.parent / "model"
+    widths, file = open_source(str(tiny_run), None, dense=True)[0].adapter.graph.widths, tmp_path / "s.safetensors"
+    fitted = replace(schedule, corrections=random_corrections(schedule.compute, widths))
+    fitted.corrections.a[0][1] = np.nan  # after it was checked
+    fitted.save(file)
+    code, _, err = hcompress("eval", model, "--schedule", file)
+    assert code == 1 and "holds NaN or infinity" in err and "with --reuse plain" in err
+    for rule in ("plain", "taylor"):
+        assert hcompress("eval", model, "--schedule", file, "--samples", 2, "--reuse", rule)[0] == 0
+        assert hcompress("export", model, "--schedule", file, "--dry-run", "--reuse", rule)[0] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16"])

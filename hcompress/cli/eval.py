@@ -151,7 +151,7 @@ def _samples(
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
 
-    samples, loaded = asked.get("samples", 500), Schedule.load(schedule) if schedule else None
+    samples, loaded = asked.get("samples", 500), Schedule.load(schedule, reuse=reuse) if schedule else None
     own = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
     if loaded:
         own |= loaded.flags

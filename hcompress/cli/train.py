@@ -73,7 +73,7 @@ def train(
                 f"--schedule takes the mask that there is: {', '.join(finding)} would do nothing; leave out"
             )
         flags["caching.method"] = "given"
-        own |= Schedule.load(Path(schedule)).flags
+        own |= Schedule.load(Path(schedule), reuse="plain").flags
     flags |= {key: value for key, value in own.items() if flags[key] is None}
     if resume and not recipe and (out / "recipe.yaml").is_file():
         recipe = str(out / "recipe.yaml")  # its own, under what else is given
