@@ -90,8 +90,8 @@ def quantize(
             raise ScheduleError(
                 f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask, for "
                 f"which nothing is trained: hcompress train {quote(recipe.model)} --schedule {_file_of(settings)} "
-                f"--out PLAIN, then fit to what came out: hcompress train {quote(str(out))} --schedule {quote(str(out))} "
-                "--reuse corrected --out FITTED"
+                f"--out PLAIN, then fit to what came out: hcompress train {quote(str(out))} "
+                f"--schedule {quote(str(out))} --reuse corrected --out FITTED"
             )
     selection = selected(setting.adapter, settings, schedule)  # or there is a folder in the way of the mended command
     run = open_run(out, recipe, resume=resume)

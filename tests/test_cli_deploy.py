@@ -183,6 +183,16 @@ def test_a_grid_is_ten_a_row_with_white_between() -> None:
     assert grid(np.float32([[[[-3, -1, 0, 1, 3]]]])).tolist() == [[0, 0, 128, 255, 255]]
 
 
+def test_inspect_shows_the_schedule_of_a_bundle_or_says_that_there_is_none(
+    hcompress: Any, exported: Path, tiny_run: Path
+) -> None:
+    code, out, _ = hcompress("inspect", exported / "bundle", "--json")
+    assert code == 0 and out == hcompress("inspect", tiny_run, "--json")[1]
+    code, _, err = hcompress("inspect", exported / "bundle-dense")
+    model = tiny_run.parent / "model"
+    assert code == 1 and f"is a dense bundle, which has no schedule; inspect one that has, or MODEL: {model}" in err
+
+
 def test_verify_finds_that_bundles_agree_with_pytorch(hcompress: Any, exported: Path) -> None:
     code, out, _ = hcompress("verify", exported / "bundle", "--json")
     proofs = json.loads(out)["proofs"]
