@@ -67,7 +67,7 @@ class Corrections:
                     call = int(np.argmin(np.isfinite(rows).all(axis=1)))
                     raise ScheduleError(
                         f"correction {term} of branch {branch} at call {call} holds NaN or infinity; the file is "
-                        "damaged or its fit diverged: re-learn it, or use --reuse plain"
+                        "damaged or its fit diverged: re-learn it, or evaluate or export it with --reuse plain"
                     )
 
     def __len__(self) -> int:

@@ -17,15 +17,16 @@ from hcompress.errors import InputError, ScheduleError
 from hcompress.lowbit.artefact import FILE, network_bytes, read_origin
 from hcompress.models.decoder import load_decoder
 from hcompress.recipe import resolve_any
-from hcompress.rundir import RunDir, flags_of, own_flags
+from hcompress.rundir import RunDir, flags_of, own_flags, own_schedule
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_finished, open_setting, open_with
 from hcompress_export.bundle import export_bundle
 from hcompress_export.merge import merge
 from hcompress_export.parity import prove
 from hcompress_export.planner import ENGINES, Estimate, choose, estimate
-from hcompress_export.qdq import layers_of
-from hcompress_runtime.backends import check_target, choose_flavor, load
+from hcompress_export.qdq import layers_of, opset_of
+from hcompress_export.trace import OPSET, OPSETS
+from hcompress_runtime.backends import check_formats, check_target, choose_flavor, load
 from hcompress_runtime.bundle import ITEM_BYTES, Bundle
 from hcompress_runtime.engine_cache import gpu_here
 
@@ -44,7 +45,7 @@ def open_source(
 
     reuse: the rule that the schedule is to run under, where that takes no fit; None leaves it its own
 
-    solver, steps, cfg: of a MODEL, None for ddim, 20 and 1.5
+    solver, steps, cfg: of a MODEL, None for ddim, and for steps and guidance of a `schedule` in a file, else 20 and 1.5
 
     A folder of `hcompress quantize` is a MODEL with solver, steps and guidance of its own, and perhaps a schedule; it
     is exported dense where it has none.
@@ -53,19 +54,23 @@ def open_source(
     differs from a folder's own.
     """
     asked = {"solver.name": solver, "solver.steps": steps, "cfg": cfg}
-    setting, found = _open(source, schedule, dense, {key: value for key, value in asked.items() if value is not None})
+    asked = {key: value for key, value in asked.items() if value is not None}
+    setting, found = _open(source, schedule, dense, reuse, asked)
     if found is None and reuse not in (None, "plain"):
         raise InputError(f"nothing is reused without a schedule; leave out --reuse {reuse}, or --dense")
     return setting, found and found.reusing(reuse, setting.adapter.graph)
 
 
-def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, Any]) -> tuple[Setting, Schedule | None]:
-    """As it was learned."""
+def _open(
+    source: str, schedule: str | None, dense: bool, reuse: str | None, asked: Mapping[str, Any]
+) -> tuple[Setting, Schedule | None]:
+    """As it was learned, read for `reuse`."""
     run, flags = RunDir(Path(source)), {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5, **asked}
     if own := own_flags(source):
         flags = own
         _refuse_others(source, own, asked)
-        schedule = schedule or (str(run.schedule) if run.schedule.exists() else None)
+        its = own_schedule(source)
+        schedule = schedule or (str(its) if its else None)
         dense = dense or schedule is None
     elif run.recipe.exists():
         recipe = resolve_any(run.recipe)
@@ -74,8 +79,10 @@ def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, An
             raise InputError(
                 f"{source} is a run with a schedule of its own; leave out --schedule, or export {recipe.model} with it"
             )
-        setting, learned = open_finished(Path(source))
+        setting, learned = open_finished(Path(source), reuse=reuse)
         return setting, None if dense else learned
+    elif schedule is not None and not dense and Path(schedule).exists():
+        flags |= {key: value for key, value in Schedule.load(schedule, reuse=reuse).flags.items() if key not in asked}
     solver, steps, cfg = (flags[key] for key in ("solver.name", "solver.steps", "cfg"))
     if dense:
         return open_setting(source, solver, steps, cfg), None
@@ -83,7 +90,7 @@ def _open(source: str, schedule: str | None, dense: bool, asked: Mapping[str, An
         raise InputError(
             f"{source} is no run folder; a MODEL needs --schedule, a file or a rule such as random:0.375, or --dense"
         )
-    return open_with(source, schedule, solver, steps, cfg)
+    return open_with(source, schedule, solver, steps, cfg, reuse=reuse)
 
 
 def _refuse_others(source: str, own: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -112,6 +119,11 @@ def check_engines(flavor: str, layout: str, sms: Sequence[int]) -> str:
     return {"trt": "tensorrt", "rtx": "rtx"}[chosen.name]
 
 
+def check_engine_formats(setting: Setting, flavor: str, sms: Sequence[int]) -> None:
+    """Raise EngineError for a format that the GPUs of `sms`, or the one here, do not have; `flavor` is of those."""
+    check_formats(layers_of(setting.adapter.network), sms or [gpu_here(choose_flavor(flavor))])
+
+
 def check_made_for(setting: Setting, schedule: Schedule | None) -> None:
     """Raise ScheduleError where the step sizes of a quantized model were learned under another schedule."""
     file = Path(setting.model.name) / FILE
@@ -136,6 +148,8 @@ class Decision:
     estimates:     of every layout
     chosen:        one of them
     why:           a sentence
+    opset:         of ONNX, as asked; None: the usual one
+    warning:       a line, where its corrections were fitted at another guidance scale
     """
 
     schedule: Schedule | None
@@ -143,6 +157,8 @@ class Decision:
     estimates: Mapping[str, Estimate]
     chosen: Estimate
     why: str
+    opset: int | None = None
+    warning: str | None = None
 
 
 def decide(
@@ -155,14 +171,18 @@ def decide(
     batch: int = 1,
     max_graphs: int | None = None,
     memory_budget: int | None = None,
+    opset: int | None = None,
 ) -> Decision:
     """Merge masks where `max_graphs` asks for it, then take `layout`, or under "auto" the planner's.
 
-    backend: a key of hcompress_export.planner.ENGINES; batch: samples; memory_budget: bytes.
-    Raises InputError where layout or precision do not exist or nothing fits into the budget, ScheduleError for
+    backend: a key of hcompress_export.planner.ENGINES; batch: samples; memory_budget: bytes; opset: None for the usual.
+    Raises InputError where layout, precision or opset do not exist or nothing fits into the budget, ScheduleError for
     `max_graphs`.
     """
     check_made_for(setting, schedule)
+    if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
+        raise InputError(f"--opset {opset} should be one of {OPSETS[0]} to {OPSETS[1]}; {OPSET} is the usual one")
+    opset_of(setting.adapter.network, OPSET, opset)
     if dtype not in ITEM_BYTES:
         raise InputError(f"there is no precision {dtype!r}; choose from: {', '.join(ITEM_BYTES)}")
     graph, given_up = setting.adapter.graph, 0.0
@@ -173,6 +193,7 @@ def decide(
         schedule = _remasked(schedule, merged, graph, max_graphs)
     if schedule:
         compute = schedule.compute
+    warning = schedule.fitted_elsewhere(setting.cfg) if schedule else None
     rows = batch * (1 if setting.cfg == 1.0 else 2)
     itemsize, widen = ITEM_BYTES[dtype], max_graphs is not None
     formats = layers_of(setting.adapter.network)
@@ -193,14 +214,14 @@ def decide(
     if layout == "auto":
         integers = any(one["weight"] == one["activation"] == "int8" for one in formats)
         chosen, why = choose(every, backend=backend, memory_budget=memory_budget, integers=integers)
-        return Decision(schedule, given_up, estimates, chosen, why)
+        return Decision(schedule, given_up, estimates, chosen, why, opset, warning)
     if layout not in estimates:
         raise InputError(f"there is no layout {layout!r}; choose from: auto, {', '.join(estimates)}")
     chosen = estimates[layout]
     if memory_budget is not None and chosen.device_bytes > memory_budget:
         needed, allowed = (f"{size / 1e6:.1f} MB" for size in (chosen.device_bytes, memory_budget))
         raise InputError(f"{layout} needs {needed}, over the budget of {allowed}; raise it or pass --layout auto")
-    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.")
+    return Decision(schedule, given_up, estimates, chosen, f"{layout}: as asked.", opset, warning)
 
 
 def _remasked(schedule: Schedule, merged: NDArray[np.bool_], graph: BranchGraph, max_graphs: int) -> Schedule:
@@ -254,6 +275,7 @@ def deploy(
         layout=decision.chosen.layout,
         widen=bool(schedule and "max_graphs" in schedule.method),
         decoder=load_decoder(setting.model.folder),
+        opset=decision.opset,
         inspect=inspect,
     )
     return bundle, errors

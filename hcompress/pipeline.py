@@ -7,7 +7,8 @@
 
 Two methods are replaced, on the pipeline's own objects. The scheduler is the clock: its `scale_model_input`, called
 before each model call, says which of the T calls is next; the first one empties the cache, so whatever an interrupted
-generation left behind is never read. The network's `forward` then runs the adapter's under that row.
+generation left behind is never read. The network's `forward` then runs the adapter's under that row. Under fitted
+corrections the pipeline's class is one of its own as well, whose call looks at its guidance scale and warns.
 
 `torch.compile(fullgraph=True)` works before or after, as `torch.compile(pipe.transformer)` or
 `pipe.transformer.compile()`. The replaced `forward` stays in Python; what is compiled is one function for each distinct
@@ -19,6 +20,8 @@ outputs of earlier calls, slots among them: use another.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from functools import partial
@@ -54,7 +57,8 @@ def apply_schedule(pipe: Pipeline, schedule: Schedule | Path | str) -> None:
     """Run a `DiTPipeline` under a schedule, at any guidance and batch size, until `remove_schedule`.
 
     Replaces a schedule applied before. The weights are compared where the pipeline is float32, as hashes are of float32
-    values. With accelerate's offloading, enable that first.
+    values. With accelerate's offloading, enable that first. The pipeline's call warns at a guidance scale that
+    corrections were not fitted at.
 
     Raises ScheduleError for another model or solver, and from the pipeline's call for another number of steps;
     ModelError for a pipeline of a family without an adapter.
@@ -129,6 +133,10 @@ class _Cached:
             _replace(self.scheduler, "scale_model_input", self.scale_model_input),
             *(_replace(owner, _APPLIED, self) for owner in (self.pipe, self.network, self.scheduler)),
         ]
+        if self.schedule.reuse == "corrected":
+            kind = type(self.pipe)
+            self.undo.append(partial(setattr, self.pipe, "__class__", kind))
+            self.pipe.__class__ = _warning(kind, self.schedule)
 
     def uninstall(self) -> None:
         """Put everything back."""
@@ -201,6 +209,20 @@ def _call(adapter: Adapter, compute: NDArray[np.bool_], kept: Set[int], name: st
         return output, {branch: slots[branch] for branch in filled}
 
     return FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, closure=call.__closure__)
+
+
+def _warning(kind: type, schedule: Schedule) -> type:
+    """The class `kind`, whose call warns of a guidance scale that `schedule` was not fitted at; 1 or less is none."""
+    signature = inspect.signature(kind.__call__)
+
+    def call(pipe: Pipeline, *given: Any, **named: Any) -> Any:
+        asked = signature.bind(pipe, *given, **named)
+        asked.apply_defaults()
+        if note := schedule.fitted_elsewhere(max(1.0, asked.arguments["guidance_scale"])):
+            warnings.warn(note, stacklevel=2)
+        return kind.__call__(pipe, *given, **named)
+
+    return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
 def _position(scheduler: Scheduler, timestep: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -31,7 +32,8 @@ class Quantized:
     """A model before and after, under one solver and guidance.
 
     schedule: that the result was made for, and fits it
-    first:    where there is one, the model as it was when it ran under the float model's schedule
+    first:    where there is one, the model as it was when it ran under the float model's schedule; `quantized` itself
+              where that is kept
     """
 
     dense: Setting
@@ -86,9 +88,10 @@ def quantize(
         schedule.check_fits(setting.adapter.graph, setting.identity)
         if schedule.corrections is not None:
             raise ScheduleError(
-                f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask "
-                "(`hcompress train --reuse plain`), then fit to what came out: "
-                "hcompress train RUN --schedule RUN --reuse corrected"
+                f"a schedule of {schedule.reuse} reuse belongs to the float model; quantize under its plain mask, for "
+                f"which nothing is trained: hcompress train {quote(recipe.model)} --schedule {_file_of(settings)} "
+                f"--out PLAIN, then fit to what came out: hcompress train {quote(str(out))} "
+                f"--schedule {quote(str(out))} --reuse corrected --out FITTED"
             )
     selection = selected(setting.adapter, settings, schedule)  # or there is a folder in the way of the mended command
     run = open_run(out, recipe, resume=resume)
@@ -104,6 +107,12 @@ def quantize(
         adapter.plan["solver"] = setting.identity.solver
         save_quantized(adapter, setting.adapter, origin_of(setting, adapter, schedule), run.quantized)
     return Quantized(setting, with_adapter(setting, adapter, str(out)))
+
+
+def _file_of(settings: Quant) -> str:
+    """The schedule that a command names."""
+    named = settings.with_cache if isinstance(settings, EfficientDMSettings) else None
+    return quote(named) if named else "SCHEDULE"
 
 
 def selected(adapter: Adapter, settings: Quant, schedule: Schedule | None = None) -> Selection:
@@ -129,7 +138,8 @@ def _distil(
             made.schedule.save(run.schedule)
         origin = origin_of(setting, made.adapter, made.schedule)
         save_quantized(made.adapter, setting.adapter, origin, run.quantized, active=made.active)
-    result, first = (with_adapter(setting, adapter, str(run.path)) for adapter in (made.adapter, made.first))
+    result = with_adapter(setting, made.adapter, str(run.path))
+    first = result if made.first is made.adapter else with_adapter(setting, made.first, str(run.path))
     return Quantized(setting, result, made.schedule, first if made.schedule else None)
 
 

@@ -17,12 +17,13 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hcompress.errors import RunError
+from hcompress.errors import InputError, RunError
 from hcompress.recipe import Run, dump, first_difference, resolve_any
 from hcompress_runtime.files import write_atomically
 
@@ -137,6 +138,22 @@ def own_flags(model: str) -> dict[str, Any]:
     if not run.recipe.is_file() or not (run.quantized.is_file() or run.pruned.is_file()):
         return {}
     return flags_of(resolve_any(run.recipe))
+
+
+def own_schedule(model: str) -> Path | None:
+    """The schedule that a quantized MODEL's step sizes were made for; None where there is none."""
+    run = RunDir(Path(model))
+    return run.schedule if own_flags(model) and run.schedule.is_file() else None
+
+
+def schedule_for(model: str, schedule: Path | None, *, dense: bool, on_notice: Callable[[str], None]) -> Path | None:
+    """`schedule`, or unless `dense` MODEL's own, of which `on_notice` is told. Raises InputError for both."""
+    if dense and schedule:
+        raise InputError("--dense runs without a schedule; leave out --dense or --schedule")
+    own = None if dense or schedule else own_schedule(model)
+    if own:
+        on_notice(f"under {own}, the schedule that its step sizes were made for; --dense leaves it out")
+    return schedule or own
 
 
 def flags_of(recipe: Run) -> dict[str, Any]:

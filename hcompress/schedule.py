@@ -106,9 +106,9 @@ class Schedule:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Steps and guidance that it is for, as flags of a recipe."""
-        scale = self.identity.cfg
-        return {"solver.steps": int(self.identity.solver["steps"]), "cfg": 1.0 if scale is None else scale}
+        """Steps, where they are recorded, and guidance that it is for, as flags of a recipe."""
+        scale, steps = self.identity.cfg, self.identity.solver.get("steps")
+        return ({} if steps is None else {"solver.steps": int(steps)}) | {"cfg": 1.0 if scale is None else scale}
 
     @property
     def fingerprint(self) -> str:
@@ -212,8 +212,10 @@ class Schedule:
         write_atomically(path, save(laid_out, {FORMAT: json.dumps(described, sort_keys=True)}))
 
     @staticmethod
-    def load(path: str | Path) -> Schedule:
+    def load(path: str | Path, *, reuse: str | None = None) -> Schedule:
         """Read a schedule, a file or that of a run folder or bundle.
+
+        reuse: the rule that it will run under, `reusing`; vectors that play no part then, be they damaged, are not read
 
         Raises ScheduleError where the file is absent, truncated or not a schedule.
         """
@@ -242,7 +244,7 @@ class Schedule:
                 isinstance(name, str) for name in described["names"]
             ):
                 raise TypeError("its method or names")
-            rule = described.get("reuse")
+            rule = None if reuse in ("plain", "taylor") else described.get("reuse")
             return Schedule(
                 compute=tensors["compute"],
                 names=tuple(described["names"]),

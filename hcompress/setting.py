@@ -86,23 +86,26 @@ def with_adapter(setting: Setting, adapter: Adapter, name: str) -> Setting:
     return replace(setting, model=replace(setting.model, name=name, adapter=adapter), identity=identity)
 
 
-def open_finished(run: Path) -> tuple[Setting, Schedule]:
-    """The setting and the learned schedule of a finished RUN folder, checked to fit each other."""
+def open_finished(run: Path, *, reuse: str | None = None) -> tuple[Setting, Schedule]:
+    """The setting and the learned schedule of a finished RUN folder, checked to fit each other; read for `reuse`."""
     folder = RunDir(run)
     setting = setting_of(resolve(folder.recipe))
-    schedule = Schedule.load(folder.schedule)
+    schedule = Schedule.load(folder.schedule, reuse=reuse)
     schedule.check_fits(setting.adapter.graph, setting.identity)
     return setting, schedule
 
 
-def open_with(model: str, schedule: str, solver: str, steps: int, cfg: float) -> tuple[Setting, Schedule]:
+def open_with(
+    model: str, schedule: str, solver: str, steps: int, cfg: float, *, reuse: str | None = None
+) -> tuple[Setting, Schedule]:
     """The setting of MODEL and a schedule for it: a schedule.safetensors, a run of one, or a rule (`random:0.375`).
 
-    A file brings its own solver steps and guidance, which must be those asked for. Raises ModelError, ScheduleError.
+    A file brings its own solver steps, which must be those asked for, and is read for `reuse`. Raises ModelError,
+    ScheduleError.
     """
     setting = open_setting(model, solver, steps, cfg)
     if Path(schedule).exists():
-        learned = Schedule.load(Path(schedule))
+        learned = Schedule.load(Path(schedule), reuse=reuse)
         learned.check_fits(setting.adapter.graph, setting.identity)
         return setting, learned
     return setting, ruled(setting, schedule)

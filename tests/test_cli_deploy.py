@@ -6,17 +6,20 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CALLS, export, random_mask
+from conftest import CALLS, export, random_corrections, random_mask
 from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from hcompress.models.dit import DiT
+from hcompress.models.loading import load_model
 from hcompress.report.latency import compare_bundles
+from hcompress.schedule import Schedule
 from hcompress_runtime.bundle import WEIGHTS, open_bundle
 from hcompress_runtime.errors import HcompressError
 from hcompress_runtime.images import grid
@@ -180,6 +183,16 @@ def test_a_grid_is_ten_a_row_with_white_between() -> None:
     assert grid(np.float32([[[[-3, -1, 0, 1, 3]]]])).tolist() == [[0, 0, 128, 255, 255]]
 
 
+def test_inspect_shows_the_schedule_of_a_bundle_or_says_that_there_is_none(
+    hcompress: Any, exported: Path, tiny_run: Path
+) -> None:
+    code, out, _ = hcompress("inspect", exported / "bundle", "--json")
+    assert code == 0 and out == hcompress("inspect", tiny_run, "--json")[1]
+    code, _, err = hcompress("inspect", exported / "bundle-dense")
+    model = tiny_run.parent / "model"
+    assert code == 1 and f"is a dense bundle, which has no schedule; inspect one that has, or MODEL: {model}" in err
+
+
 def test_verify_finds_that_bundles_agree_with_pytorch(hcompress: Any, exported: Path) -> None:
     code, out, _ = hcompress("verify", exported / "bundle", "--json")
     proofs = json.loads(out)["proofs"]
@@ -245,6 +258,26 @@ def test_dry_run_says_what_every_layout_takes_and_writes_nothing(
     assert "scratch" in hcompress("export", tiny_run, "--dry-run")[1]
 
 
+def test_a_schedule_in_a_file_brings_its_steps_and_guidance_and_another_scale_is_warned_of(
+    hcompress: Any, tiny_run: Path, tmp_path: Path
+) -> None:
+    schedule, model = Schedule.load(tiny_run), tiny_run.parent / "model"
+    widths = load_model(str(model)).adapter.graph.widths
+    identity = replace(schedule.identity, cfg=2.5)
+    fitted = replace(schedule, identity=identity, corrections=random_corrections(schedule.compute, widths))
+    fitted.save(tmp_path / "fitted.safetensors")
+    flags = ("--schedule", tmp_path / "fitted.safetensors", "--out", tmp_path / "bundle", "--no-prove")
+    code, _, err = hcompress("export", model, *flags)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert code == 0 and "fitted" not in err and (bundle.table.num_calls, bundle.cfg) == (CALLS, 2.5)
+    code, _, err = hcompress("export", model, *flags, "--cfg", 3.0, "--dry-run")
+    assert code == 0 and "corrections were fitted at guidance 2.5, not 3.0" in " ".join(err.split())
+    code, _, err = hcompress("export", model, *flags, "--steps", 7)
+    assert code == 1 and "use the same solver and --steps" in err
+    code, _, err = hcompress("export", model, *flags, "--cfg", 3.0, "--reuse", "plain", "--dry-run")
+    assert code == 0 and "fitted" not in err
+
+
 def test_a_rule_on_a_model_exports_with_merged_masks(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:
     model, out = tiny_run.parent / "model", tmp_path / "bundle"
     flags = ("--schedule", "random:0.4:1", "--steps", 5, "--out", out, "--json")
@@ -266,6 +299,7 @@ def test_a_rule_on_a_model_exports_with_merged_masks(hcompress: Any, tiny_run: P
         (["--memory-budget", "1kB", "--layout", "switch"], "switch needs"),
         (["--max-graphs", "0"], "--max-graphs 1 or more"),
         (["--dtype", "float8"], "no precision 'float8'; choose from: float32, float16, bfloat16"),
+        (["--opset", "17"], "--opset 17 should be one of 18 to 24; 20 is the usual one"),
     ],
 )
 def test_what_export_cannot_do_is_one_line(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
-from conftest import CALLS, CFG, make_dit, random_mask
+from conftest import CALLS, CFG, make_dit, random_corrections, random_mask
 from PIL import Image
 
-from hcompress.errors import ModelError, RecipeError, ScheduleError
+from hcompress.errors import EngineError, ModelError, RecipeError, ScheduleError
 from hcompress.lowbit.adapter import QuantizedAdapter
 from hcompress.lowbit.artefact import read_origin
 from hcompress.models.loading import load_model
@@ -21,6 +25,8 @@ from hcompress.quantize import quantize, resample
 from hcompress.recipe import resolve_any, resolve_quant
 from hcompress.schedule import Schedule
 from hcompress.setting import open_setting
+from hcompress_runtime.bundle import open_bundle
+from hcompress_runtime.engine_cache import build_engines
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,61 @@ def test_eval_and_inspect_take_it(hcompress: Any, run: Path, tmp_path: Path) -> 
     described = json.loads(stdout)
     assert code == 0 and len(described["branches"]) == 4
     assert described["quantization"]["method"]["name"] == "int8-max"
+
+
+def test_a_schedule_of_its_own_is_what_it_runs_under_unless_told_otherwise(
+    hcompress: Any, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "q"
+    shutil.copytree(run, own)
+    setting = open_setting(str(own), "ddim", CALLS, CFG)
+    mask = np.zeros((CALLS, len(setting.adapter.graph)), bool)
+    mask[0] = True
+    Schedule(mask, setting.adapter.graph.names, setting.identity, {"name": "rare"}).save(own / "schedule.safetensors")
+    told, pixels = f"under {own / 'schedule.safetensors'}, the schedule that its step sizes were made for", {}
+    ways: dict[str, tuple[object, ...]] = {"own": (), "given": ("--schedule", own), "dense": ("--dense",)}
+    for name, flags in ways.items():
+        code, _, err = hcompress("generate", own, "--labels", "0,1,2,3,4", "--out", tmp_path / f"{name}.npz", *flags)
+        assert code == 0 and (told in err) == (name == "own")
+        pixels[name] = np.load(tmp_path / f"{name}.npz")["arr_0"]
+        code, stdout, err = hcompress("eval", own, "--samples", 2, "--json", *flags)
+        assert code == 0 and (told in err) == (name == "own")
+        assert json.loads(stdout).get("cur") == (None if name == "dense" else pytest.approx(1 - mask.mean()))
+    assert (pixels["own"] == pixels["given"]).all() and (pixels["own"] != pixels["dense"]).any()
+    code, _, err = hcompress("eval", own, "--schedule", own, "--dense")
+    assert code == 1 and "leave out --dense or --schedule" in line(err)
+    assert "error" not in hcompress("eval", own, "--reuse", "taylor", "--samples", 2)[2]
+
+
+def quantized_as(method: str, model: Path, out: Path) -> Path:
+    flags = {"model": str(model), "solver.steps": CALLS, "cfg": CFG, "quant.method": method, "quant.samples": 1}
+    quantize(resolve_quant(None, flags), out)
+    return out
+
+
+def test_an_opset_is_what_the_bundle_is_in_or_one_line(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    source, out = quantized_as("int4-wo", model, tmp_path / "q"), tmp_path / "bundle"
+    code, _, err = hcompress("export", source, "--opset", 20, "--out", out)
+    assert code == 1 and "ONNX opset 20 has no int4 weights; use 21" in line(err) and not out.exists()
+    assert hcompress("export", source, "--opset", 22, "--out", out)[0] == 0
+    bundle = open_bundle(out)
+    files = [onnx.load(out / graph, load_external_data=False) for graph in (*bundle.graphs, "update.onnx")]
+    assert {file.opset_import[0].version for file in files} == {bundle.manifest["opset"]} == {22}
+
+
+def test_float8_engines_for_a_gpu_without_it_are_refused_before_the_export(
+    hcompress: Any, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed; pip install 'hcompress[trt-rtx]'")
+    source, out = quantized_as("fp8", model, tmp_path / "q"), tmp_path / "bundle"
+    engines = ("--trt", "--flavor", "rtx", "--sm", 120, "--sm", 86)
+    code, _, err = hcompress("export", source, *engines, "--out", out)
+    assert code == 1 and "sm_86 has no float8, which needs sm_89 or newer; quantize to int8" in line(err)
+    assert not out.exists()
+    assert hcompress("export", source, "--out", out, "--no-prove")[0] == 0
+    with pytest.raises(EngineError, match="sm_86 has no float8"):
+        build_engines(open_bundle(out), "rtx", [120, 86])
+    assert not (out / "engines").exists()
 
 
 def test_analyze_ranks_and_draws(hcompress: Any, model: Path, tmp_path: Path) -> None:
@@ -311,6 +372,22 @@ def test_a_corrected_schedule_of_the_float_model_is_refused(tmp_path: Path, tiny
     with pytest.raises(ScheduleError, match="a schedule of taylor reuse belongs to the float model; quantize under"):
         quantize(recipe, tmp_path / "q", schedule=schedule)
     assert not (tmp_path / "q").exists()
+
+
+def test_the_command_that_strips_a_corrected_schedule_works_as_it_is_printed(
+    hcompress: Any, model: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    schedule = Schedule.load(tiny_run)
+    vectors = random_corrections(schedule.compute, load_model(str(model)).adapter.graph.widths)
+    replace(schedule, corrections=vectors).save(tmp_path / "fitted.safetensors")
+    common = ("quantize", model, "--set", "quant.updates=5", "--keep-schedule", "--samples", 0, "--out", tmp_path / "q")
+    code, _, err = hcompress(*common, "--with-cache", tmp_path / "fitted.safetensors")
+    assert code == 1 and not (tmp_path / "q").exists()
+    command = line(err).split("hcompress train ")[1].removesuffix(", then fit to what came out: ")
+    assert hcompress("train", *shlex.split(command.replace("PLAIN", str(tmp_path / "plain"))))[0] == 0
+    stripped = Schedule.load(tmp_path / "plain")
+    assert stripped.reuse == "plain" and (stripped.compute == schedule.compute).all()
+    assert hcompress(*common, "--with-cache", tmp_path / "plain")[0] == 0
 
 
 def test_a_recipe_is_of_one_kind(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from hcompress.adapter import compute_all
+from hcompress.caching.problem import Progress
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.cli.main import main
 from hcompress.deploy import decide
@@ -37,6 +38,7 @@ from hcompress.quant.selection import layers_of, select
 from hcompress.quant.settings import EfficientDMSettings
 from hcompress.quantize import quantize
 from hcompress.recipe import resolve_quant
+from hcompress.report.progress import StagesDisplay, TrainingDisplay
 from hcompress.sampling import sample
 from hcompress.schedule import Identity, Schedule
 from hcompress.setting import open_setting
@@ -401,6 +403,33 @@ def test_what_a_schedule_never_reads_is_marked_and_another_schedule_is_not_expor
     other[1] = ~other[1]
     with pytest.raises(ScheduleError, match="learned under schedule"):
         decide(setting, replace(learned, compute=other, logits=None))
+
+
+def test_a_schedule_that_is_kept_unasked_is_one_row(model, schedule, tmp_path):
+    sets = [part for each in ("updates=4", "batch=1", "samples=1", "rank=2") for part in ("--set", f"quant.{each}")]
+    cached = ["--with-cache", str(schedule), "--keep-schedule", "--samples", "2", "--json"]
+    done = hcompress("quantize", str(model), "--out", str(tmp_path / "run"), *sets, *cached)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row for row in rows if row.startswith("cached quantized")] == [
+        "cached quantized, the float model's schedule"
+    ]
+
+
+def test_no_more_rounds_are_shown_than_there_are(capsys):
+    stages, training = StagesDisplay(), TrainingDisplay("trajectories")
+    training.rounds = 200
+    for done in (119, 120, 124, 213):
+        figures = Progress(done, 1.0, 1.0, 1.0, 0.4, 0.4, 0.1, None)
+        stages.show("relearn", 120, figures)
+        training.show(figures)
+        (bar,) = (task for task in stages.bar.tasks if task.description == "relearn")
+        assert bar.total == max(done, 120)
+    said = capsys.readouterr().err
+    assert [line.split("  ")[0] for line in said.splitlines()] == [
+        *("relearn 119/120", "119/200", "relearn 120/120"),
+        *("relearn 124/124", "relearn 213/213", "213/213"),
+    ]
 
 
 def test_the_reverse_order_trains_a_schedule_on_the_quantized_run(together, here, tmp_path):

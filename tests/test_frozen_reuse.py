@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from conftest import (
     random_corrections,
     random_mask,
 )
+from diffusers import DiTTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bundle import change_constant
@@ -365,6 +367,40 @@ def test_a_rule_that_a_schedule_does_not_have_is_one_line(
     said = capsys.readouterr()
     assert (stopped.value.code, said.out) == (1, "") and not [*tmp_path.iterdir()]
     assert said.err.startswith("error: ") and WRONG[flags] in said.err and said.err.count("\n") == 1
+
+
+def test_train_and_inspect_say_what_fell_to_plain_reuse(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:
+    """The last branch gives nothing, so its channels are constant; one reused at call 1 has no p."""
+    shutil.copytree(tiny_run.parent / "model", tmp_path / "model")
+    network = DiTTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")
+    for parameter in network.transformer_blocks[1].ff.net[2].parameters():
+        parameter.data.zero_()
+    network.save_pretrained(tmp_path / "model" / "transformer")
+    fitting = ("--method", "interval", "--set", "caching.every=2", "--reuse", "corrected", "--set")
+    flags = ("--steps", CALLS, *fitting, "caching.fit_samples=8", "--set", "caching.fit_steps=0")
+    code, out, err = hcompress("train", tmp_path / "model", *flags, "--out", tmp_path / "run")
+    assert code == 0, err
+    method = Schedule.load(tmp_path / "run").method
+    assert method["fallbacks"] > 0 < method["degenerate_channels"]
+    for said in (out, hcompress("inspect", tmp_path / "run")[1]):
+        told = " ".join(said.split())
+        assert f"{method['fallbacks']} entries without" in told, said
+        assert f"{method['degenerate_channels']} channels that fell to plain" in told, said
+
+
+def test_a_schedule_whose_corrections_are_broken_runs_under_another_rule(
+    hcompress: Any, tiny_run: Path, tmp_path: Path
+) -> None:
+    schedule, model = Schedule.load(tiny_run), tiny_run.parent / "model"
+    widths, file = open_source(str(tiny_run), None, dense=True)[0].adapter.graph.widths, tmp_path / "s.safetensors"
+    fitted = replace(schedule, corrections=random_corrections(schedule.compute, widths))
+    fitted.corrections.a[0][1] = np.nan  # after it was checked
+    fitted.save(file)
+    code, _, err = hcompress("eval", model, "--schedule", file)
+    assert code == 1 and "holds NaN or infinity" in err and "with --reuse plain" in err
+    for rule in ("plain", "taylor"):
+        assert hcompress("eval", model, "--schedule", file, "--samples", 2, "--reuse", rule)[0] == 0
+        assert hcompress("export", model, "--schedule", file, "--dry-run", "--reuse", rule)[0] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16"])

@@ -122,6 +122,20 @@ def test_corrected_pictures_are_those_of_the_reference_sampler(pipe):
     assert (want - plain).abs().max() > 1e-3
 
 
+def test_corrections_at_another_guidance_scale_are_warned_of_and_run(pipe):
+    compute = mask()
+    schedule = schedule_for(pipe, compute, corrections=drawn(compute, DiT(network()).graph.widths))
+    hcompress.apply_schedule(pipe, schedule)
+    for cfg, said in ((4.0, "fitted at guidance 1.5, not 4.0"), (0.5, "fitted at guidance 1.5, not 1.0")):
+        with pytest.warns(UserWarning, match=said):
+            assert (pictures(pipe, cfg=cfg) - pictures(pipe)).abs().max() > 1e-3
+    with pytest.warns(UserWarning, match=r"not 4\.0"):
+        pipe(LABELS, num_inference_steps=STEPS, output_type="np")  # the pipeline's own scale
+    assert isinstance(pipe, DiTPipeline) and type(pipe).__name__ == "DiTPipeline"
+    hcompress.remove_schedule(pipe)
+    assert type(pipe) is DiTPipeline
+
+
 def test_an_all_true_schedule_gives_exactly_the_pictures_of_the_unpatched_pipeline(pipe):
     dense = pictures(pipe)
     hcompress.apply_schedule(pipe, schedule_for(pipe, np.ones((STEPS, 4), bool)))

@@ -32,7 +32,7 @@ from hcompress_export.freeze import freeze
 from hcompress_export.passes import make_weights_inputs, move_weights_out, step_graph
 from hcompress_export.qdq import layers_of
 from hcompress_export.switch import switch_graph
-from hcompress_export.trace import trace
+from hcompress_export.trace import OPSET, trace
 from hcompress_export.update import write_update
 from hcompress_export.weights import write_weights
 from hcompress_runtime.bundle import CONSTANTS, FORMATS, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle
@@ -88,7 +88,7 @@ def export_bundle(
         if schedule:
             schedule.save(folder / SCHEDULE)
         if decoder:
-            write_decoder(folder, decoder, adapter.sample_shape)
+            write_decoder(folder, decoder, adapter.sample_shape, opset=opset or OPSET)
         frozen = plan.to_json()
         manifest = {
             "format": FORMATS[any(step.corrects for step in plan.steps)],

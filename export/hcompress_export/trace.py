@@ -34,6 +34,7 @@ from hcompress_export.translate import TRANSLATIONS
 from hcompress_runtime.conditions import example
 
 OPSET = 20  # 23 has an Attention operator, which ONNX Runtime 1.30 runs no faster on a CPU
+OPSETS = (18, 24)  # what torch's exporter writes
 
 
 def trace(adapter: Adapter, cfg: float, *, opset: int | None = None, learned_variance: bool = False) -> ir.Model:

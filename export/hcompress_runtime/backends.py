@@ -12,6 +12,7 @@ import ctypes
 import ctypes.util
 import importlib
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from typing import Any
 from hcompress_runtime.errors import EngineError, InputError, missing
 
 Version = tuple[int, ...]
+FLOAT8_SM = 89  # Ada; int8 and int4 build for every target
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,16 @@ def check_target(trt: Any, sm: int) -> None:
         choice = ", ".join(map(str, targets))
         raise EngineError(
             f"TensorRT-RTX does not support sm_{sm}, only {choice}", "use TensorRT there: --flavor trt on such a GPU"
+        )
+
+
+def check_formats(formats: Iterable[Mapping[str, Any]], sms: Sequence[int]) -> None:
+    """Raise EngineError where layers are in float8, see `quantized` in a manifest, and one of `sms` has none of it."""
+    old = [sm for sm in sms if sm < FLOAT8_SM]
+    if old and any("fp8" in (one.get("weight"), one.get("activation")) for one in formats):
+        raise EngineError(
+            f"sm_{old[0]} has no float8, which needs sm_{FLOAT8_SM} or newer",
+            "quantize to int8 for it, such as --method int8-max",
         )
 
 

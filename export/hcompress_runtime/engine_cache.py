@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcompress_runtime.backends import Flavor, check_target, choose_flavor, load, require_gpu
+from hcompress_runtime.backends import Flavor, check_formats, check_target, choose_flavor, load, require_gpu
 from hcompress_runtime.bundle import MANIFEST, SCALES, Bundle, open_bundle
 from hcompress_runtime.errors import BundleError, EngineError, HcompressError, InputError
 from hcompress_runtime.files import write_atomically
@@ -87,6 +87,7 @@ def build_engines(
     for target in targets:
         if chosen.name == "rtx":
             check_target(library, target.sm)
+    check_formats(bundle.manifest.get("quantized", []), [target.sm for target in targets])
     for nth, target in enumerate(targets):
         for index, graph in enumerate(bundle.all_graphs):
             done, total = nth * len(bundle.all_graphs) + index, len(targets) * len(bundle.all_graphs)

@@ -74,7 +74,7 @@ def _given(problem: Problem, settings: Any) -> Method:
     from hcompress.caching.problem import Found, Untrained
     from hcompress.schedule import Schedule
 
-    schedule = Schedule.load(Path(settings.schedule))
+    schedule = Schedule.load(Path(settings.schedule), reuse="plain")
     schedule.check_fits(problem.adapter.graph, problem.identity or schedule.identity)
     return Untrained(lambda: Found(schedule.compute, {"given": schedule.method}, schedule.logits))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +30,11 @@ def evaluate(
         str, typer.Argument(help="zoo:NAME, a folder or a hub id; or pictures: a folder or an npz.", show_default=False)
     ],
     schedule: Annotated[
-        Path | None, typer.Option(help="A run, or a schedule.safetensors; none: MODEL uncached.")
+        Path | None, typer.Option(help="A run, or a schedule.safetensors; none: MODEL's own, or MODEL uncached.")
     ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="MODEL uncached, though it has a schedule of its own.")
+    ] = False,
     solver: Annotated[str | None, typer.Option(help="The schedule's solver; ddim if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The schedule's own if not given, else 20.")] = None,
     cfg: Annotated[
@@ -72,6 +76,7 @@ def evaluate(
 
     from hcompress.errors import InputError
     from hcompress.models.loading import is_model
+    from hcompress.rundir import schedule_for
 
     pictures = Path(model).exists() and not is_model(model)
     given = {"solver": solver, "steps": steps, "cfg": cfg, "samples": samples}
@@ -86,8 +91,11 @@ def evaluate(
     if prompts and not pictures:
         raise InputError("--prompts is for finished pictures: generate them, then hcompress eval FOLDER --prompts FILE")
     if pictures:
-        _refuse(given | {"seed": seed, "reuse": reuse}, f"{model} holds finished pictures, and none are generated")
-    elif schedule is None:
+        nothing = given | {"seed": seed, "reuse": reuse, "dense": dense or None}
+        _refuse(nothing, f"{model} holds finished pictures, and none are generated")
+    else:
+        schedule = schedule_for(model, schedule, dense=dense, on_notice=partial(print, file=sys.stderr))
+    if not pictures and schedule is None:
         _refuse({"reuse": reuse}, "it is how a schedule's mask runs, so pass --schedule")
     if reference is None:
         _refuse({"inception": inception} | ({} if pictures else {"size": size}), "there is no --reference")
@@ -143,7 +151,7 @@ def _samples(
     from hcompress.schedule import Schedule
     from hcompress.setting import open_setting
 
-    samples, loaded = asked.get("samples", 500), Schedule.load(schedule) if schedule else None
+    samples, loaded = asked.get("samples", 500), Schedule.load(schedule, reuse=reuse) if schedule else None
     own = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
     if loaded:
         own |= loaded.flags

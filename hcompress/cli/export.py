@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; norms and softmax stay float32.")
     ] = "float32",
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 to 24.", show_default="20; 21 for int4")] = None,
     max_graphs: Annotated[int | None, typer.Option(help="Merge masks, reuse becoming compute, to so many.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Refuse what needs more to run, such as 8GB.")] = None,
     batch: Annotated[str, typer.Option(help="Samples at once: 4, or least,best,most. ONNX graphs take any.")] = "1",
@@ -41,8 +43,12 @@ def export(
         str | None, typer.Option(help="Freeze the mask under another rule: plain, taylor.", show_default="its own")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="MODEL only.", show_default="ddim")] = None,
-    steps: Annotated[int | None, typer.Option(help="MODEL only.", show_default="20")] = None,
-    cfg: Annotated[float | None, typer.Option(help="MODEL only.", show_default="1.5")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="MODEL only; those of a schedule in a file.", show_default="20")
+    ] = None,
+    cfg: Annotated[
+        float | None, typer.Option(help="MODEL only; that of a schedule in a file.", show_default="1.5")
+    ] = None,
     prove: Annotated[bool, typer.Option("--prove/--no-prove", help="Compare with PyTorch before it counts.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what every layout would take; write nothing.")
@@ -59,12 +65,14 @@ def export(
         raise InputError("export needs --out BUNDLE, the folder to make")
     budget = None if memory_budget is None else _bytes(memory_budget)
     with Console(stderr=True).status(f"loading {source}") as status:
-        from hcompress.deploy import check_engines, decide, deploy, open_source
+        from hcompress.deploy import check_engine_formats, check_engines, decide, deploy, open_source
         from hcompress_runtime.engine_cache import build_engines, parse_batch
 
         sizes = parse_batch(batch)
         backend = check_engines(flavor, layout, sm or []) if trt else "ort-cpu"
         setting, frozen = open_source(source, schedule, dense=dense, solver=solver, steps=steps, cfg=cfg, reuse=reuse)
+        if trt:
+            check_engine_formats(setting, flavor, sm or [])
         decision = decide(
             setting,
             frozen,
@@ -74,7 +82,10 @@ def export(
             batch=sizes[-1],
             max_graphs=max_graphs,
             memory_budget=budget,
+            opset=opset,
         )
+        if decision.warning:
+            print(decision.warning, file=sys.stderr)
         if out is None or dry_run:
             return _print_decision(decision, as_json)
         bundle, errors = deploy(setting, decision, out, dtype=dtype, proven=prove, progress=status.update)

@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,8 +39,10 @@ def generate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a bundle with engines also trt or rtx.")] = "cpu",
     schedule: Annotated[
-        Path | None, typer.Option(help="MODEL only: a run, or a schedule.safetensors; none is dense.")
+        Path | None,
+        typer.Option(help="MODEL only: a run, or a schedule.safetensors; none: its own if it has one."),
     ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="MODEL only: without a schedule of its own.")] = False,
     solver: Annotated[str | None, typer.Option(help="MODEL only: the schedule's solver; ddim if not given.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="MODEL only: the schedule's own if not given, else 20.")
@@ -55,16 +58,19 @@ def generate(
     from rich.progress import Progress
 
     from hcompress.gallery import gallery
+    from hcompress.rundir import schedule_for
     from hcompress_runtime.conditions import complete, take
 
+    say = partial(print, file=sys.stderr)
     given, (add, finish) = _given(labels, prompts), gallery(out)
     console = Console(stderr=True)
     with console.status(f"loading {source}"):
         if _is_bundle(Path(source)):
-            _refuse({"--schedule": schedule, "--solver": solver, "--steps": steps, "--cfg": cfg})
+            frozen = {"--schedule": schedule, "--dense": dense or None}
+            _refuse(frozen | {"--solver": solver, "--steps": steps, "--cfg": cfg})
             backend, (inputs, run) = "onnxruntime", _from_bundle(source, seed, batch, threads, device)
         else:
-            asked = (schedule, solver, steps, cfg)
+            asked = (schedule_for(source, schedule, dense=dense, on_notice=say), solver, steps, cfg)
             backend, (inputs, run) = "torch", _from_model(source, seed, batch, threads, device, *asked)
     rows, latency_ms = complete(inputs, given), 0.0
     count = len(next(iter(rows.values())))
@@ -145,14 +151,10 @@ def _from_model(
     if threads:
         torch.set_num_threads(threads)
     learned = Schedule.load(schedule) if schedule else None
-    own = own_flags(model)
-    solver = solver or own.get("solver.name", "ddim")
-    if steps is None:
-        steps = int(learned.identity.solver["steps"]) if learned else own.get("solver.steps", 20)
-    if cfg is None:
-        cfg = learned.identity.cfg if learned else own.get("cfg")
-    cfg = 1.5 if cfg is None else cfg
-    setting = open_setting(model, solver, steps, cfg, device=device)
+    own: dict[str, Any] = {"solver.name": "ddim", "solver.steps": 20, "cfg": 1.5} | own_flags(model)
+    own |= learned.flags if learned else {}
+    steps, cfg = own["solver.steps"] if steps is None else steps, own["cfg"] if cfg is None else cfg
+    setting = open_setting(model, solver or own["solver.name"], steps, cfg, device=device)
     if learned:
         learned.check_fits(setting.adapter.graph, setting.identity)
         if note := learned.fitted_elsewhere(setting.cfg):

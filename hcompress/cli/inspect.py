@@ -25,6 +25,11 @@ def inspect(
     file = path / "schedule.safetensors" if path.is_dir() else path
     if file.name.endswith(".safetensors") and (file.exists() or path.suffix == ".safetensors"):
         _schedule(file, png, as_json)
+    elif (path / "manifest.json").exists():
+        from hcompress_runtime.bundle import open_bundle
+
+        model = open_bundle(path).manifest["identity"]["model"]
+        raise InputError(f"{subject} is a dense bundle, which has no schedule; inspect one that has, or MODEL: {model}")
     elif png:
         raise InputError(f"--png pictures a schedule, and {subject} is none: pass a run, a bundle or a schedule file")
     else:

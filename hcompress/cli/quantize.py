@@ -159,7 +159,7 @@ def _distil(
 ) -> None:  # fmt: skip
     from hcompress.quantize import quantize as run
     from hcompress.report.progress import StagesDisplay
-    from hcompress.report.quality import WITH_CACHE, against_float, left_out, with_cache
+    from hcompress.report.quality import against_float, left_out, rows_with_cache, with_cache
     from hcompress.rundir import RunDir
     from hcompress.schedule import Schedule
     from hcompress_runtime.files import write_atomically
@@ -176,7 +176,7 @@ def _distil(
         if note := left_out(made.dense, samples):
             console.print(note, highlight=False, soft_wrap=True, markup=False)
         with _bars(console) as bars:
-            names = WITH_CACHE if made.schedule else ("float", "quantized")
+            names = rows_with_cache(made) if made.schedule else ("float", "quantized")
             tasks = {what: bars.add_task(what, total=samples) for what in names}
 
             def show(what: str, done: int) -> None:

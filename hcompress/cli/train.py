@@ -73,7 +73,7 @@ def train(
                 f"--schedule takes the mask that there is: {', '.join(finding)} would do nothing; leave out"
             )
         flags["caching.method"] = "given"
-        own |= Schedule.load(Path(schedule)).flags
+        own |= Schedule.load(Path(schedule), reuse="plain").flags
     flags |= {key: value for key, value in own.items() if flags[key] is None}
     if resume and not recipe and (out / "recipe.yaml").is_file():
         recipe = str(out / "recipe.yaml")  # its own, under what else is given
@@ -88,6 +88,7 @@ def train(
             plan = outline(resolved, absent)
         print(json.dumps(plan) if as_json else "\n".join(f"{key:22} {value}" for key, value in plan.items()))
         return
+    from hcompress.report.heatmap import reuse_line
     from hcompress.report.progress import TrainingDisplay
     from hcompress.train import train as run
 
@@ -126,8 +127,11 @@ def train(
     }
     if display.last:
         result |= {"beta": found["final_beta"], "unpolarised": display.last.unpolarised, "score_db": display.score_db}
-    print(json.dumps(result) if as_json else f"{result['schedule']}  CUR {100 * made.cur:.1f} %, "
-          f"MACs / {found['mac_ratio']:.2f}")  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+        return
+    corrected = f", {reuse_line(made)}" if made.corrections else ""
+    print(f"{result['schedule']}  CUR {100 * made.cur:.1f} %, MACs / {found['mac_ratio']:.2f}{corrected}")
 
 
 def _missed(settings: CachingSettings, made: Schedule) -> str | None:

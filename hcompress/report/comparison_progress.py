@@ -51,7 +51,7 @@ class ComparisonDisplay:
 
     def doing(self, cell: Cell, what: str, done: int, total: int) -> None:
         """How far `cell` is with `what`."""
-        described = f"{_said(cell)}: {what}"
+        described, total = f"{_said(cell)}: {what}", total and max(done, total)
         self.bar.update(self.one, description=described, completed=done, total=total or None)
         if not self.console.is_terminal and time.monotonic() - self.printed > PLAIN_SECONDS:
             self._print(f"{described} {done}/{total}")

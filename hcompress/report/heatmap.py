@@ -14,9 +14,11 @@ COMPUTED, REUSED = "#1f4e79", "#dce9f5"
 
 
 def reuse_line(schedule: Schedule) -> str:
-    """What reused branches yield, and how many of them have less than that takes."""
+    """What reused branches yield, and how many of them, and of the channels of others, have less than that takes."""
     fallbacks = f", {schedule.fallbacks} entries without an older value for it" if schedule.fallbacks else ""
-    return f"{schedule.reuse} reuse{fallbacks}"
+    degenerate = schedule.method.get("degenerate_channels") if schedule.corrections else None
+    constant = f", {degenerate} channels that fell to plain reuse" if degenerate else ""
+    return f"{schedule.reuse} reuse{fallbacks}{constant}"
 
 
 def terminal_grid(schedule: Schedule) -> Text:

@@ -75,8 +75,9 @@ class TrainingDisplay(_Display):
         self.last = progress
         self.score_db = progress.score_db if progress.score_db is not None else self.score_db
         figures = _router_figures(progress) + _score(self.score_db)
-        self.bar.update(self.task, completed=progress.round, figures=figures)
-        self.line(f"{progress.round}/{self.rounds}  {figures}", finished=progress.round == self.rounds)
+        of = max(progress.round, self.rounds)  # steering goes on until it meets its goal
+        self.bar.update(self.task, completed=progress.round, total=of, figures=figures)
+        self.line(f"{progress.round}/{of}  {figures}", finished=progress.round >= self.rounds)
 
 
 class StagesDisplay(_Display):
@@ -88,10 +89,10 @@ class StagesDisplay(_Display):
         self.score_db: dict[str, float | None] = {}
 
     def count(self, stage: str, total: int, done: int, figures: str) -> None:
-        """`done` of at most `total` steps of a stage."""
+        """`done` of `total` steps of a stage, which goes on beyond that where it is steered to a goal."""
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=total, figures="")
-        self.bar.update(self.tasks[stage], completed=done, figures=figures)
+        self.bar.update(self.tasks[stage], completed=done, total=max(done, total), figures=figures)
 
     def show(self, stage: str, trajectories: int, progress: Any) -> None:
         """One more trajectory of `stage` is done: figures of a router's training or of a distillation."""
@@ -100,7 +101,8 @@ class StagesDisplay(_Display):
         figures = _router_figures(progress) if isinstance(progress, Round) else f"loss {progress.loss:.2e}"
         figures += _score(score)
         self.count(stage, trajectories, progress.round, figures)
-        self.line(f"{stage} {progress.round}/{trajectories}  {figures}", finished=progress.round >= trajectories)
+        of = max(progress.round, trajectories)
+        self.line(f"{stage} {progress.round}/{of}  {figures}", finished=progress.round >= trajectories)
 
 
 def _router_figures(progress: Round) -> str:
