@@ -121,7 +121,7 @@ def train(
         "mac_ratio": found["mac_ratio"],
         **{
             name: found[name]
-            for name in ("reuse", "fallbacks", "degenerate_channels", "alpha", "images_used", "images_skipped")
+            for name in ("reuse", "start", "fallbacks", "degenerate_channels", "alpha", "images_used", "images_skipped")
             if name in found
         },
     }
