@@ -21,13 +21,13 @@ from safetensors.numpy import save
 from hcompress.adapter import Adapter
 from hcompress.errors import DataError, InputError
 from hcompress.models.loading import Model
+from hcompress.models.prompts import ENCODED
 from hcompress.prompts import MINILM_MODELS, encode_for
 from hcompress.zoo import data_folder
 from hcompress_runtime.conditions import load_prompts, null_name
 from hcompress_runtime.files import write_atomically
 
 SUFFIX = ".txt"
-READ = {"prompt_embeds", "prompt_mask"}  # what a text encoder makes of a caption
 
 Prompt = Mapping[str, NDArray[Any]]
 """One row of a prompts file's tensors, the null prompt's included."""
@@ -35,7 +35,7 @@ Prompt = Mapping[str, NDArray[Any]]
 
 def reads_captions(adapter: Adapter) -> bool:
     """Whether a caption is all that a model has to be told of a picture."""
-    return {name for name, one in adapter.conditions.items() if one.default is None} == READ
+    return {name for name, one in adapter.conditions.items() if one.default is None} == ENCODED
 
 
 def caption_of(picture: Path) -> str | None:

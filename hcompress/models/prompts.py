@@ -26,6 +26,7 @@ from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prom
 
 FILE = "prompts.safetensors"
 TURN = 4  # prompts in a row for the one, then for the other
+ENCODED = {"prompt_embeds", "prompt_mask"}  # what `hcompress encode` makes of a prompt
 
 Prompts = Mapping[str, NDArray[Any]]
 """The tensors of a prompts file."""
@@ -108,9 +109,11 @@ class PromptInputs:
 
     def _rows(self, choose: Callable[[int], NDArray[np.int64]]) -> Rows:
         if self.own is None:
+            encoded = {*self.prompt} == ENCODED
             raise ModelError(
-                f"this model has no prompts to draw from: hcompress encode MODEL --from CAPTIONS.txt --for-training; "
-                f"or put {FILE} into its folder, with "
+                "this model has no prompts to draw from: "
+                + ("hcompress encode MODEL --from CAPTIONS.txt --for-training; or " if encoded else "")
+                + f"put {FILE} into its folder, a file with "
                 f"{', '.join(name for name in self.conditions if name != 'guidance')} (export/FORMAT.md)"
             )
         chosen = choose(len(self.own[next(iter(self.prompt))]))
