@@ -18,6 +18,7 @@ from hcompress.lowbit.artefact import FILE, network_bytes, read_origin
 from hcompress.models.decoder import load_decoder
 from hcompress.recipe import resolve_any
 from hcompress.rundir import RunDir, flags_of, own_flags, own_schedule
+from hcompress.sampling import sample_seeded
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting, open_finished, open_setting, open_with
 from hcompress_export.bundle import export_bundle
@@ -28,6 +29,7 @@ from hcompress_export.qdq import layers_of, opset_of
 from hcompress_export.trace import OPSET, OPSETS
 from hcompress_runtime.backends import check_formats, check_target, choose_flavor, load
 from hcompress_runtime.bundle import ITEM_BYTES, Bundle
+from hcompress_runtime.conditions import example
 from hcompress_runtime.engine_cache import gpu_here
 
 
@@ -253,7 +255,8 @@ def deploy(
 ) -> tuple[Bundle, list[float]]:
     """Write the bundle that was decided on, and the drift of its latents from PyTorch's (none where not `proven`).
 
-    The weights of `setting` are in `dtype` from then on. Raises what `export_bundle` and `prove` raise.
+    The weights of `setting` are in `dtype` from then on. Raises what `export_bundle` and `prove` raise,
+    and where it is `proven` ModelError for outputs that are not finite.
     """
     schedule, errors = decision.schedule, list[float]()
     frozen = (schedule.compute, schedule.corrections) if schedule else ()
@@ -264,6 +267,8 @@ def deploy(
             progress("comparing with PyTorch")
             errors.extend(prove(adapter, folder, *frozen).tolist())
 
+    if proven:  # else a damaged model would look like a bundle that is none of it
+        sample_seeded(adapter, setting.table, example(adapter.conditions, 1), seed=0, cfg=setting.cfg)
     progress("tracing, cutting, writing")
     bundle = export_bundle(
         adapter,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hcompress.adapter import Adapter, Condition, Route, compute_all
 from hcompress.corrections import Corrections
-from hcompress.errors import SolverError
+from hcompress.errors import ModelError, SolverError
 from hcompress_runtime.conditions import Given, complete, take
 from hcompress_runtime.noise import gaussian
 from hcompress_runtime.table import SolverTable
@@ -150,11 +150,28 @@ def sample(
     corrections: Corrections | None = None,
     noises: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Generate [B, C, H, W] from `start`, caching as `compute` bool[T, N] says; None computes everything."""
+    """Generate [B, C, H, W] from `start`, caching as `compute` bool[T, N] says; None computes everything.
+
+    Raises ModelError where what the model computes without reuse is not finite; reuse may diverge.
+    """
     calls = trajectory(
         adapter, table, condition, start, cfg=cfg, compute=compute, corrections=corrections, noises=noises
     )
-    return table.combine(table.num_calls, start, [output for _, output, _ in calls], noises)
+    outputs = [output for _, output, _ in calls]
+    finished = table.combine(table.num_calls, start, outputs, noises)
+    if not finished.isfinite().all():
+        check_finite(outputs if compute is None else outputs[:1])
+    return finished
+
+
+def check_finite(outputs: Sequence[Tensor], first: int = 0) -> None:
+    """Raise ModelError at the first model output of the calls `first`, ... that is not finite."""
+    for call, output in enumerate(outputs, first):
+        if not output.isfinite().all():
+            raise ModelError(
+                f"the model's output is not finite at call {call}: its weights are damaged, or overflow in this "
+                "precision; copy or convert it again, or use float32"
+            )
 
 
 @torch.no_grad()

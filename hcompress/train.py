@@ -19,7 +19,7 @@ from torch import Tensor
 from hcompress import process
 from hcompress.caching import CACHING
 from hcompress.caching.correct import Corrected, correct
-from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks
+from hcompress.caching.problem import Found, Method, OneProcess, Problem, Progress, Ranks, check_first_call
 from hcompress.checkpoint import read_checkpoint, write_checkpoint
 from hcompress.images import open_images
 from hcompress.lowbit.artefact import FILE, read_origin
@@ -83,13 +83,15 @@ def train(
 
     on_start gets the opened setting and the method as it starts or goes on, on_progress each round's figures, on_notice
     a line on what was left out, such as an image that cannot be read, and on what takes its time.
-    Raises RunError where `out` cannot be used or its checkpoint cannot be read, DataError for images.
+    Raises RunError where `out` cannot be used or its checkpoint cannot be read, DataError for images, ModelError
+    where the model's output is not finite.
     """
     ranks = ranks or launched_ranks()
     writes = ranks.rank == 0
     run = open_run(out, recipe, resume=resume) if writes else RunDir(out)
     setting = setting_of(recipe, device=device)
     problem = problem_of(setting, recipe.seed, ranks, on_notice)
+    check_first_call(problem)
     method = CACHING[recipe.caching.method](problem, recipe.caching)
     meter = Meter(setting.adapter.device)  # not before: the images that a method opens are no memory of its training
     if resume and run.checkpoint.exists():

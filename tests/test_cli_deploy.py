@@ -278,6 +278,33 @@ def test_a_schedule_in_a_file_brings_its_steps_and_guidance_and_another_scale_is
     assert code == 0 and "fitted" not in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--target-cur", 0.4, "--set", "caching.trajectories=2"),
+        ("train", "--method", "interval", "--set", "caching.every=2"),
+        ("export", "--schedule", "random:0.4"),
+        ("export", "--dense"),
+        ("generate", "--labels", 0),
+        ("eval", "--samples", 2),
+    ],
+)
+def test_a_model_whose_output_is_not_finite_is_one_line(
+    hcompress: Any, tiny_run: Path, tmp_path: Path, command: tuple[object, ...]
+) -> None:
+    shutil.copytree(tiny_run.parent / "model", tmp_path / "model")
+    network = DiTTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")
+    network.proj_out_2.bias.data[0] = float("nan")
+    network.save_pretrained(tmp_path / "model" / "transformer")
+    verb, *flags = command
+    out = () if verb == "eval" else ("--out", tmp_path / "out.png")
+    code, printed, err = hcompress(verb, tmp_path / "model", *flags, "--steps", CALLS, *out)
+    assert (code, printed) == (1, "")
+    (line,) = (text for text in err.splitlines() if text.startswith("error: "))
+    assert "the model's output is not finite at call 0" in line and "Traceback" not in err
+    assert not [*(tmp_path / "out.png").glob("*.safetensors"), *(tmp_path / "out.png").glob("manifest.json")]
+
+
 def test_a_rule_on_a_model_exports_with_merged_masks(hcompress: Any, tiny_run: Path, tmp_path: Path) -> None:
     model, out = tiny_run.parent / "model", tmp_path / "bundle"
     flags = ("--schedule", "random:0.4:1", "--steps", 5, "--out", out, "--json")

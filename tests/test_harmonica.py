@@ -18,6 +18,7 @@ from hcompress.caching.harmonica import Training
 from hcompress.caching.problem import Problem
 from hcompress.caching.router import Router, soft_route
 from hcompress.caching.settings import HarmoniCaSettings
+from hcompress.errors import ModelError
 from hcompress.models.dit import DiT
 from hcompress.sampling import constants_of, fill_route
 from hcompress.solver import probe
@@ -44,6 +45,27 @@ def run(training: Training) -> np.ndarray:
     for _ in training.run():
         pass
     return training.router.logits()
+
+
+def test_training_stops_at_the_first_call_that_is_not_finite(table):
+    """Of its own output, or of the loss alone: a lambda that overflows."""
+    adapter = make_dit(out_channels=4)
+    whole = adapter.step_constants
+
+    def broken(timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
+        constants = dict(whole(timesteps))
+        for rows in constants.values():
+            rows[timesteps == float(table.timesteps[2])] = torch.nan
+        return constants
+
+    adapter.step_constants = broken
+    with pytest.raises(ModelError, match="the model's output is not finite at call 2"):
+        next(training_of(adapter, table).run())
+    training = training_of(make_dit(out_channels=4), table, proxy="none")
+    steps = training.steps(*training.draw(0))
+    training.router.lambdas[1:] = np.inf
+    with pytest.raises(ModelError, match="training diverged at call 1: the loss is not finite"):
+        next(steps)
 
 
 def test_the_gradient_of_an_update_is_that_of_the_whole_loss(adapter, table):

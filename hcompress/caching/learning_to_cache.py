@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.adapter import Condition, compute_all
-from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem, Progress
+from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem, Progress, check_loss
 from hcompress.caching.router import Router, soft_route
 from hcompress.caching.settings import LearningToCacheSettings
 from hcompress.caching.steering import Steering
@@ -84,6 +84,7 @@ class LearningToCache:
         r = torch.sigmoid(self.router.rows[call])
         student = run(x, constants=self.constants[call], route=soft_route(r.to(x.device), self.frozen, slots))
         mse = functional.mse_loss(student, teacher)
+        check_loss(mse.item(), call, {call - 1: output, call: teacher})
         self.needs[call] = self.router.update(call, mse, self.ranks)
         return mse.item() + self.router.beta * float(r.detach().sum()), mse.item()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -22,8 +23,9 @@ from torch.nn import functional
 
 from hcompress.adapter import Adapter, Condition, Told
 from hcompress.corrections import Corrections
+from hcompress.errors import ModelError
 from hcompress.process import Process
-from hcompress.sampling import sample, solver_noises, start_noise
+from hcompress.sampling import check_finite, sample, solver_noises, start_noise, trajectory
 from hcompress.schedule import Identity
 from hcompress_runtime.table import SolverTable
 
@@ -120,7 +122,7 @@ class Problem:
     ) -> float:
         """Signal-to-noise ratio (dB) of samples under `compute` against the teacher's, on held-out noise.
 
-        -inf where either are not finite.
+        -inf where they are not finite. Raises ModelError where the teacher's are not.
         """
         condition, start, noises = self.draw(SCORING_STREAMS, count)
         dense = sample(self.teacher or self.adapter, self.table, condition, start, cfg=self.cfg, noises=noises)
@@ -137,6 +139,22 @@ class Problem:
         scored = {name: self.score_db(compute, one, count) for name, one in candidates.items()}
         finite = {name: score for name, score in scored.items() if score > -math.inf}
         return dict(sorted(finite.items(), key=lambda item: -item[1]))
+
+
+def check_first_call(problem: Problem) -> None:
+    """Raise ModelError where the model's first output is not finite already, as with damaged weights."""
+    condition, start, noises = problem.draw(SCORING_STREAMS, 1)
+    calls = trajectory(problem.adapter, problem.table, condition, start, cfg=problem.cfg, noises=noises)
+    check_finite([output for _, output, _ in islice(calls, 1)])
+
+
+def check_loss(loss: float, call: int, outputs: Mapping[int, Tensor]) -> None:
+    """Raise ModelError for a loss at `call` that is not finite. outputs: of the model alone, by call, that it is of."""
+    if math.isfinite(loss):
+        return
+    for at, output in outputs.items():
+        check_finite([output], at)
+    raise ModelError(f"training diverged at call {call}: the loss is not finite; lower caching.lr")
 
 
 @dataclass(frozen=True)

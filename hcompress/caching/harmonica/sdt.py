@@ -28,12 +28,12 @@ from torch.nn import functional
 from hcompress.adapter import Condition, Route, compute_all
 from hcompress.caching.correct import correct, fit, taylor_terms
 from hcompress.caching.harmonica import iepo
-from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem, Progress
+from hcompress.caching.problem import TRAINING_STREAMS, Found, Problem, Progress, check_loss
 from hcompress.caching.router import Router, soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.caching.steering import Steering
 from hcompress.corrections import computed_before
-from hcompress.sampling import NOTHING, Terms, constants_of, fill_route, solver_output
+from hcompress.sampling import NOTHING, Terms, constants_of, fill_route, sample, solver_output
 
 
 @final
@@ -114,7 +114,9 @@ class Training:
             loss = float(self.router.lambdas[call]) * mse
             self.needs[call] = self.router.update(call, loss, self.ranks)
             outputs.append(student.detach())
-            yield loss.item() + self.router.beta * float(scores.sum()), mse.item()
+            total = loss.item() + self.router.beta * float(scores.sum())
+            check_loss(total, call, {0: outputs[0], call: target})
+            yield total, mse.item()
 
     def denoise(
         self, call: int, x: Tensor, condition: Condition, route: Route, noises: Sequence[Tensor] = ()
@@ -140,6 +142,8 @@ class Training:
         scores = router.scores() if self.settings.score == "soft" else router.hard().astype(np.float64)
         measured = iepo.measure(self.denoise, self.table, scores, self.settings, condition, start, noises, self.terms())
         fresh = self.ranks.mean(measured.cpu()).double().numpy()
+        if not np.isfinite(fresh).all():  # of the model itself, or of reuse alone, which the first loss will say
+            sample(self.adapter, self.table, condition, start, cfg=self.problem.cfg, noises=noises)
         router.lambdas[1:] = iepo.blend(router.lambdas[1:], fresh, self.settings)
 
     def fit(self, hard: NDArray[np.bool_]) -> None:
