@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,12 @@ from test_all_quantizers import case as quantized_case
 
 from hcompress.caching import CACHING
 from hcompress.caching.correct import MEASURED, RIDGE, correct, fit, solve
-from hcompress.caching.problem import OneProcess
+from hcompress.caching.problem import OneProcess, Problem
 from hcompress.caching.rules import interval
 from hcompress.caching.settings import IntervalSettings
 from hcompress.caching.tune import tune
 from hcompress.corrections import history, taylor
-from hcompress.errors import RecipeError
+from hcompress.errors import ModelError, RecipeError
 from hcompress.recipe import resolve
 from hcompress.rundir import RunDir
 from hcompress.sampling import corrected, sample
@@ -155,15 +156,30 @@ def test_vectors_whose_samples_are_not_finite_are_never_the_best(size: float) ->
     assert not problem.scores_db(compute, {"broken": broken}, 4)
 
 
-def test_where_no_samples_are_finite_reuse_is_plain_and_that_is_said() -> None:
-    adapter, said = make_dit(), []
-    with torch.no_grad():
-        next(adapter.parameters()).fill_(torch.inf)
-    problem = replace(make_problem(adapter), notice=said.append)
+class Diverging(Problem):
+    """A problem whose samples are not finite under any reuse."""
+
+    def score_db(self, *args: object) -> float:
+        return -math.inf
+
+
+def test_where_no_samples_are_finite_reuse_is_plain_and_that_is_said(tiny_dit) -> None:
+    said: list[str] = []
+    problem = Diverging(**vars(make_problem(tiny_dit)) | {"notice": said.append})
     settings = IntervalSettings(every=2, reuse="corrected", fit_samples=SAMPLES, fit_steps=1)
     found = correct(problem, interval(*problem.shape, every=2), settings)
     assert found.corrections is None and found.history == {"reuse": "plain"}
     assert len(said) == 1 and said[0].startswith("reuse is plain, not corrected")
+
+
+def test_a_damaged_model_is_not_fitted() -> None:
+    adapter = make_dit()
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(torch.inf)
+    problem = make_problem(adapter)
+    settings = IntervalSettings(every=2, reuse="corrected", fit_samples=SAMPLES, fit_steps=1)
+    with pytest.raises(ModelError, match="not finite at call 0"):
+        correct(problem, interval(*problem.shape, every=2), settings)
 
 
 def test_the_model_may_be_in_a_half(tiny_dit) -> None:
