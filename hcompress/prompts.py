@@ -6,24 +6,28 @@ reads with MiniLM, which is ten times its size and does not ship: `hcompress zoo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from hcompress.errors import InputError, ModelError
-from hcompress.models.loading import fetch_text_encoder, is_hub_id, load_model
-from hcompress.models.prompts import FILE
+from hcompress.models.loading import Model, fetch_text_encoder, is_hub_id, load_model
+from hcompress.models.prompts import FILE, scored
 from hcompress.text_encoder import TextEncoder, encode
 from hcompress.zoo import data_folder
 from hcompress_runtime.conditions import Input
 from hcompress_runtime.files import write_atomically
 
 MINILM_MODELS = ("zoo:emoji-pixart",)
-TEXT = "prompts.txt"  # beside FILE: what its rows say, a line each
+WORDS = "prompts"  # in the metadata of a prompts file: what its rows say, a JSON list
+TEXT = "prompts.txt"  # beside FILE: the same for people, and for files without WORDS, a line each
 QUOTED = 60  # characters of a prompt, in an error
 
 
@@ -73,6 +77,11 @@ def read_captions(file: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def prompts_file(prompts: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """A prompts file that keeps the words beside what the encoder made of them."""
+    return save(dict(tensors), {WORDS: json.dumps([*prompts])})
+
+
 def folder_for_own(source: str) -> Path:
     """Where the prompts of SOURCE's own belong, which has none yet.
 
@@ -89,8 +98,41 @@ def folder_for_own(source: str) -> Path:
 def keep_own(folder: Path, prompts: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> Path:
     """Make `prompts` those of the model in `folder`: FILE, which training and scoring draw from, and TEXT."""
     write_atomically(folder / TEXT, "".join(f"{prompt}\n" for prompt in prompts).encode())
-    write_atomically(folder / FILE, save(dict(tensors)))
+    write_atomically(folder / FILE, prompts_file(prompts, tensors))
     return folder / FILE
+
+
+def words_of(model: Model, count: int) -> list[str]:
+    """What each of `count` samples is asked to show, in the order of `even_conditions`.
+
+    Raises InputError for a model that is not asked in words, ModelError where it has no prompts, or their words were
+    not kept.
+    """
+    if "prompt_embeds" not in (told := model.adapter.conditions):
+        raise InputError(f"CLIP compares pictures with text; {model.name} takes {', '.join(told)}, so leave out --clip")
+    model.adapter.even_conditions(1)  # refuses a model without prompts
+    if not (file := model.folder / FILE).is_file():
+        raise InputError(f"CLIP compares pictures with text; prompts of {model.name} are noise, so leave out --clip")
+    words, rows = _kept_words(file)
+    if len(words) != rows:
+        raise ModelError(
+            f"CLIP needs the words of the {rows} prompts in {file}, and {len(words) or 'none'} are kept: write them "
+            f"into {file.with_name(TEXT)}, a line each, or delete {FILE} there and encode the captions again: "
+            f"hcompress encode {quote(model.name)} --from CAPTIONS.txt --for-training"
+        )
+    return [words[row] for row in scored(rows, count)]
+
+
+def _kept_words(file: Path) -> tuple[list[str], int]:
+    """What a model's own prompts say, [] where that was not kept, and how many they are."""
+    with safe_open(file, "numpy") as opened:
+        kept = (opened.metadata() or {}).get(WORDS)
+        rows = opened.get_slice("prompt_embeds").get_shape()[0]
+    try:
+        words = json.loads(kept) if kept else file.with_name(TEXT).read_text("utf-8").splitlines()
+    except (OSError, ValueError):  # absent, or not of ours
+        words = []
+    return words, rows
 
 
 def _open(source: str) -> tuple[Mapping[str, Input], str, Path]:

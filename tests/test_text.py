@@ -12,10 +12,13 @@ import pytest
 import torch
 from conftest import make_dit, make_pixart
 from diffusers import DPMSolverMultistepScheduler
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5EncoderModel
 
 from hcompress.errors import InputError
+from hcompress.models.loading import load_model
+from hcompress.prompts import words_of
 from hcompress.text_encoder import TextEncoder, encode
 from hcompress.zoo import data_folder
 
@@ -80,6 +83,8 @@ def test_from_text_to_a_picture(hcompress: Any, model: Path, tmp_path: Path) -> 
     """With the model's own encoder; and with the same one named, for the bundle, whose model has moved."""
     out = tmp_path / "asked.safetensors"
     done = json.loads(hcompress("encode", model, "red apple", "sad robot", "--out", out, "--json")[1])
+    with safe_open(out, "numpy") as opened:
+        assert json.loads(opened.metadata()["prompts"]) == ["red apple", "sad robot"]
     assert done == {"out": str(out), "prompts": 2, "tokens": 120}
     flags = ("--solver", "dpm++", "--steps", 2, "--prompts", out, "--out")
     assert hcompress("generate", model, *flags, tmp_path / "model.png")[0] == 0
@@ -109,6 +114,7 @@ def test_captions_become_what_a_model_trains_on(hcompress: Any, model: Path, tmp
     asked = ("encode", own, "--from", captions, "--for-training")
     made = Path(hcompress(*asked)[1].strip())
     assert (own / "prompts.txt").read_text() == "red apple\nsad robot\nred robot\n"
+    assert words_of(load_model(str(own)), 4) == ["red apple", "sad robot", "red robot", "red apple"]
     kept, alone = load_file(made), encode(TextEncoder(model), ["red apple", "sad robot", "red robot"], 120)
     assert made == own / "prompts.safetensors" and kept["prompt_embeds"].dtype == np.float16
     np.testing.assert_allclose(kept["prompt_embeds"], alone["prompt_embeds"], atol=2e-3)  # fp16, values of a few

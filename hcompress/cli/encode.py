@@ -35,10 +35,9 @@ def encode(
     """
     from rich.console import Console
     from rich.progress import Progress
-    from safetensors.numpy import save
 
     from hcompress.errors import InputError
-    from hcompress.prompts import encode_for, folder_for_own, keep_own, read_captions
+    from hcompress.prompts import encode_for, folder_for_own, keep_own, prompts_file, read_captions
     from hcompress_runtime.files import write_atomically
 
     if bool(prompts) == (captions is not None):
@@ -62,7 +61,7 @@ def encode(
     if out is None:
         out = keep_own(folder, asked, tensors)
     else:
-        write_atomically(out, save(tensors))
+        write_atomically(out, prompts_file(asked, tensors))
     if as_json:
         print(json.dumps({"out": str(out), "prompts": len(asked), "tokens": tensors["prompt_mask"].shape[1]}))
     else:

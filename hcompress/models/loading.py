@@ -21,7 +21,7 @@ from hcompress.pruned import FILE as PRUNED
 from hcompress.pruned import load_pruned, read_base
 
 ZOO = Path(__file__).parent.parent / "zoo"
-WANTED = ["transformer/*", "scheduler/*", "vae/*", "model_index.json", "prompts.safetensors"]  # of the hub
+WANTED = ["transformer/*", "scheduler/*", "vae/*", "model_index.json", "prompts.*"]  # of the hub
 
 
 @dataclass(frozen=True)

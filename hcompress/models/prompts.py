@@ -105,7 +105,7 @@ class PromptInputs:
 
     def even(self, count: int) -> Rows:
         """The model's own prompts for scoring, round robin. Raises ModelError where it has none."""
-        return self._rows(lambda own: np.resize(halves(own)[1], count))
+        return self._rows(lambda own: scored(own, count))
 
     def _rows(self, choose: Callable[[int], NDArray[np.int64]]) -> Rows:
         if self.own is None:
@@ -127,6 +127,11 @@ def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return numbers, numbers
     learning = numbers // TURN % 2 == 0
     return numbers[learning], numbers[~learning]
+
+
+def scored(prompts: int, count: int) -> NDArray[np.int64]:
+    """Which of `prompts` each of `count` samples is asked for when they are scored: int64[count]."""
+    return np.resize(halves(prompts)[1], count)
 
 
 def zeros(prompt: Mapping[str, Input]) -> Prompts:
