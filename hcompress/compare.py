@@ -55,7 +55,7 @@ from hcompress.makers import MAKERS, Impossible, Made, Tell
 from hcompress.models.decoder import load_decoder
 from hcompress.recipe import Run, first_difference
 from hcompress.report.comparison import write_report
-from hcompress.report.published import Judge, viewer_of
+from hcompress.report.judges import JUDGED_BY, Judges, judged_so
 from hcompress.report.quality import cost, distribution, left_out, paired
 from hcompress.rundir import environment
 from hcompress.runners import RUNNERS, Draw
@@ -111,7 +111,7 @@ def compare(comparison: Comparison, out: Path, watch: Watch, *, device: str = "c
         mine = cells[ranks.rank :: ranks.world]
         kept = [bench.kept(cell) for cell in mine]
         if None in kept:
-            bench.open_judge(_groups(mine))
+            bench.open_judges(_groups(mine))
         watch.start(mine)
         try:
             for cell, row in zip(mine, kept, strict=True):
@@ -174,7 +174,7 @@ class Bench:
         self.comparison, self.out, self.watch, self.device = comparison, out, watch, device
         self._settings = Settings(device)
         self._dense: dict[str, Draw] = {}
-        self._judge: Judge | None = None
+        self._judges: Judges | None = None
         self._runners = ExitStack()
 
     def notice(self, line: str) -> None:
@@ -191,18 +191,9 @@ class Bench:
         """The uncached model of `group`."""
         return self._settings(group)
 
-    def open_judge(self, groups: Sequence[Run]) -> None:
-        """Read what the pictures of `groups` are judged by, where the comparison has a reference.
-
-        Raises DataError, ModelError, MissingExtra, also for latents that nothing decodes.
-        """
-        asked = self.comparison
-        if asked.reference is None:
-            return
-        for group in groups:
-            viewer_of(self.setting(group))
-        weights = Path(asked.inception) if asked.inception else None
-        self._judge = Judge(Path(asked.reference), weights, asked.size, self.device, self.notice)
+    def open_judges(self, groups: Sequence[Run]) -> None:
+        """Read what the pictures of `groups` are judged by, where the comparison asks for that. Raises as Judges."""
+        self._judges = Judges(self.comparison, map(self.setting, groups), self.device, self.notice)
 
     def finish(self, cell: Cell, row: dict[str, Any] | None) -> None:
         """Make, sample and measure `cell`, as far as `row`, what is kept of it, does not hold that."""
@@ -214,8 +205,7 @@ class Bench:
                 "seed": cell.seed,
                 "budget": cell.budget,
                 "recipe": cell.recipe.model_dump(exclude_none=True),
-                "reference": self.comparison.reference,
-                "size": self.comparison.size,
+                **{key: getattr(self.comparison, key) if row is None else row.get(key) for key in JUDGED_BY},
                 "weights": self.setting(cell.own).identity.weight_hash,
                 **self._outcome(cell, row),
             }
@@ -246,9 +236,7 @@ class Bench:
                 f"{file.parent} was measured with other weights of {cell.own.model} ({row['weights'][:12]}, now "
                 f"{str(weights)[:12]}); pass another --out"
             )
-        asked = self.comparison
-        same = (row.get("reference"), row.get("size")) == (asked.reference, asked.size)
-        return row if asked.reference is None or same else None
+        return row if judged_so(row, self.comparison) else None
 
     def _timed_otherwise(self, row: Mapping[str, Any]) -> bool:
         """Whether the times of a finished row are of other settings, or of another machine, than those of this call."""
@@ -305,7 +293,7 @@ class Bench:
             "mac_ratio": cost(group, _mask(group))["macs"] / figures["macs"],
             "megabytes": network_bytes(setting.adapter) / 1e6,
             **distribution(group, samples),
-            **self._published(group, samples, f"{cell.name} {cell.point}".strip()),
+            **(self._judges.of_samples(group, samples, f"{cell.name} {cell.point}".strip()) if self._judges else {}),
         }
         reference = self._reference(cell)
         if cell.name == UNCACHED:
@@ -322,14 +310,10 @@ class Bench:
         file = row_file(self.out, replace(cell, name=UNCACHED, point=""), self.comparison)
         return file.with_name(file.name.replace("row", "samples")).with_suffix(".npy")
 
-    def _published(self, group: Setting, samples: Tensor, what: str) -> dict[str, float]:
-        """FID and its kin, where the comparison names a reference."""
-        return {} if self._judge is None else self._judge.of_samples(group, samples, what)
-
     def _notes(self, cell: Cell) -> list[str]:
         """What to know about the figures of `cell`, all of them taken."""
         own = left_out(self.setting(cell.group), self.comparison.samples)
-        return [*([own] if own else []), *(self._judge.said if self._judge else [])]
+        return [*([own] if own else []), *(self._judges.said if self._judges else [])]
 
     def _dense_runner(self, group: Run) -> Draw:
         name = group_name(group)

@@ -104,6 +104,9 @@ class Comparison(BaseModel):
     )
     size: int | None = Field(None, ge=1, description="of a reference folder's pictures, cut and scaled to this side")
     inception: str | None = Field(None, description="Inception's weights as torch-fidelity has them; None: fetched")
+    clip: str | None = Field(
+        None, description="CLIP that scores pictures of text models, a folder or hub id; if not given the recipes' own"
+    )
     runner: Literal["torch", "onnxruntime"] = Field("torch", description="what samples and is timed")
     batch: int = Field(8, ge=1, description="samples at once when it is timed")
     rounds: int = Field(5, ge=1, description="how often it is timed; the median is taken")
@@ -279,9 +282,9 @@ def _base_of(entry: Entry) -> Run:
 
 
 def _measured_as_recipes_say(comparison: Comparison) -> Comparison:
-    """With the samples and the reference of its recipes' `metrics`, where it says nothing of them itself."""
+    """With the samples, reference and CLIP of its recipes' `metrics`, where it says nothing of them itself."""
     said: dict[str, Any] = {}
-    for key in ("samples", "reference"):
+    for key in ("samples", "reference", "clip"):
         if key in comparison.model_fields_set:
             continue
         found: dict[Any, str] = {}

@@ -53,6 +53,7 @@ class MetricsSettings(BaseModel):
 
     samples: int = Field(500, ge=1, description="how many to generate; published figures: 50000")
     reference: str | None = Field(None, description="real pictures or ADM's npz of their statistics: FID and its kin")
+    clip: str | None = Field(None, description="of a text model: what its CLIP score is by, a local folder or a hub id")
 
 
 class Run(BaseModel):
@@ -212,8 +213,11 @@ def schema() -> str:
 
 
 def first_difference(old: Run, new: Run) -> str | None:
-    """The first setting in which two recipes differ, such as "cfg: 1.5 != 4.0"; None where they are equal."""
-    ours, theirs = _flat(old.model_dump()), _flat(new.model_dump())
+    """The first setting in which two recipes differ, such as "cfg: 1.5 != 4.0"; None where they make the same.
+
+    How results are measured makes no difference to them.
+    """
+    ours, theirs = (_flat(recipe.model_dump(exclude={"metrics"})) for recipe in (old, new))
     return next((f"{key}: {ours[key]} != {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)), None)
 
 

@@ -183,24 +183,27 @@ def test_a_recipe_may_be_changed_named_and_varied(tmp_path):
     ]
 
 
-def test_samples_and_reference_are_the_recipes_unless_it_says_so_itself(tmp_path):
+def test_samples_reference_and_clip_are_the_recipes_unless_it_says_so_itself(tmp_path):
     recipes = [tmp_path / f"{name}.yaml" for name in ("one", "same", "silent", "other")]
     for recipe, metrics in zip(
-        recipes, ("{samples: 70, reference: a.npz}",) * 2 + (None, "{samples: 80}"), strict=True
+        recipes, ("{samples: 70, reference: a.npz, clip: one}",) * 2 + (None, "{samples: 80, clip: other}"), strict=True
     ):
         recipe.write_text(find(RULE).read_text() + (f"\nmetrics: {metrics}\n" if metrics else ""))
     one, same, silent, other = recipes
 
-    def asked(*names: Path, **flags: object) -> tuple[int, str | None]:
+    def asked(*names: Path, **flags: object) -> tuple[int, str | None, str | None]:
         found = load_comparison(names, flags)
-        return found.samples, found.reference
+        return found.samples, found.reference, found.clip
 
-    assert asked(one, same, silent) == (70, "a.npz") and asked(silent) == (500, None)
-    assert asked(one, other, samples=9) == (9, "a.npz") and asked(one, reference="b.npz") == (70, "b.npz")
+    assert asked(one, same, silent) == (70, "a.npz", "one") and asked(silent) == (500, None, None)
+    assert asked(one, other, samples=9, clip="mine") == (9, "a.npz", "mine")
+    assert asked(one, reference="b.npz") == (70, "b.npz", "one")
+    with pytest.raises(RecipeError, match=r"differ in metrics.clip: one \(.*one.yaml\), other \(.*\); pass --clip$"):
+        asked(one, other, samples=9)
     with pytest.raises(RecipeError, match=r"differ in metrics.samples: 70 \(.*one.yaml\), 80 \(.*\); pass --samples$"):
         asked(one, other)
-    said = written(tmp_path, f"recipes: [{one}, {other}]\nsamples: 3\nreference: null\n")
-    assert asked(said) == (3, None)
+    said = written(tmp_path, f"recipes: [{one}, {other}]\nsamples: 3\nreference: null\nclip: null\n")
+    assert asked(said) == (3, None, None)
 
 
 def test_only_what_the_paper_does_has_the_plain_name_of_its_method():

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hcompress.errors import DataError, ModelError
-from hcompress.metrics.clip_score import ClipScore, read_prompts
 from hcompress.metrics.distances import moments
 from hcompress.metrics.image_sets import open_set
 from hcompress.metrics.inception import POOL, SPATIAL, Features, Inception, _network_module, _weights, features_of
@@ -297,58 +296,6 @@ def test_the_formulas_are_torch_fidelitys() -> None:
     assert figures["inception_score"] == pytest.approx(isc_features_to_metric(x.logits, 1)[KEY_METRIC_ISC_MEAN])
     wanted = (prc[KEY_METRIC_PRECISION], prc[KEY_METRIC_RECALL])
     assert (figures["inception_precision"], figures["inception_recall"]) == pytest.approx(wanted)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole tiny CLIP on disk: network, tokenizer, preprocessor."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(words), "max_position_embeddings": 12, "bos_token_id": 52, "eos_token_id": 53}
-    config = CLIPConfig(
-        text_config={**small, **text}, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8
-    )
-    torch.manual_seed(2)
-    network = CLIPModel(config)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)  # the default hardly tells one input from another
-    network.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-def test_clip_score_is_the_mean_of_clamped_cosines_in_percent(clip: Path) -> None:
-    images = torch.from_numpy(pictures(0, 6)).permute(0, 3, 1, 2)
-    lines = ["a red bag", "b", "the zoo", "a red bag", "blue", "a prompt that is longer than the context is wide"]
-    each = []
-    for image, line in zip(images, lines, strict=True):
-        one = ClipScore(str(clip))
-        one.add(image[None], [line])
-        each.append(one.mean)
-    assert min(each) == 0 < max(each) <= 100 and len(set(each)) > 2
-    together = ClipScore(str(clip))
-    together.add(images[:4], lines[:4])
-    together.add(images[4:], lines[4:])
-    assert together.mean == pytest.approx(np.mean(each), abs=1e-4)  # float32 in batches of another size
-
-
-def test_prompts_and_clips_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-    assert read_prompts(tmp_path / "prompts.txt", 2) == ["one", "two"]
-    with pytest.raises(DataError, match=r"holds 2 prompts for 3 pictures"):
-        read_prompts(tmp_path / "prompts.txt", 3)
-    with pytest.raises(DataError, match="cannot be read as a text file"):
-        read_prompts(tmp_path / "absent.txt", 3)
-    with pytest.raises(ModelError, match=r"no CLIP can be loaded from .* pass --clip"):
-        ClipScore(str(tmp_path))
 
 
 def test_eval_judges_pictures_as_a_user_types_it(hcompress: Any, weights: Path, clip: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hcompress.adapter import Adapter
 from hcompress.device import checked_device
 from hcompress.errors import DataError, InputError
 from hcompress.metrics import emoji, fashion
-from hcompress.metrics.clip_score import ClipScore
+from hcompress.metrics.clip_score import Clip
 from hcompress.metrics.inception import Inception
 from hcompress.metrics.paired import psnr_db, relative_l2, ssim
 from hcompress.models.decoder import load_decoder
@@ -197,7 +197,7 @@ def test_a_device_that_is_not_there_is_one_line_wherever_it_is_asked_for(name: s
     for load in (
         lambda: open_setting(str(models["pictures"]), "ddim", CALLS, CFG, device=name),
         lambda: Inception(models["pictures"], name),
-        lambda: ClipScore(str(models["pictures"]), name),
+        lambda: Clip(str(models["pictures"]), name),
     ):
         with pytest.raises(InputError, match=r"pass --device cpu|there is no cuda:99: \d+ CUDA devices") as refused:
             load()

@@ -290,6 +290,7 @@ def test_the_first_difference_is_named():
     assert first_difference(recipe, resolve(None, MODEL | {"cfg": 4.0})) == "cfg: 1.5 != 4.0"
     faster = resolve(None, MODEL | {"caching.lr": 0.1, "seed": 3})
     assert first_difference(recipe, faster) == "caching.lr: 0.15 != 0.1"
+    assert first_difference(recipe, resolve(None, MODEL | {"metrics.clip": "other"})) is None  # made alike
 
 
 def test_the_schema_describes_every_setting():

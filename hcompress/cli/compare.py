@@ -32,6 +32,9 @@ def compare(
     inception: Annotated[
         str | None, typer.Option(help="Inception's weights as torch-fidelity has them; fetched if not given.")
     ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Text models: a CLIP, a local folder or a hub id; adds the CLIP score.")
+    ] = None,
     runner: Annotated[str | None, typer.Option(help="What samples and is timed: torch or onnxruntime.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which cells there are, and run nothing.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -54,6 +57,7 @@ def compare(
         "reference": reference,
         "size": size,
         "inception": inception,
+        "clip": clip,
         "runner": runner,
     }
     comparison = load_comparison(recipes, flags)

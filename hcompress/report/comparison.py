@@ -29,6 +29,7 @@ REAL = "real, same number"
 NEAR = 0.03  # of its budget: fewer steps whose share of steps saved comes no nearer are not ranked
 SHORT = 1.0  # seconds that are no training cost
 JUDGED = "FID, sFID, KID, precision and recall compare with"
+BY_CLIP = "CLIP is 100 times the cosine of picture and prompt, or 0, by"
 SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
 
@@ -89,8 +90,9 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
 
     {"title", "samples", "runner", "seeds", "finished", "cells", "measured": see hcompress.report.measured, "groups":
     [{"name", "methods", "rows": [{"name", "point", "budget", "missed": see hcompress.comparison, "seeds",
-    "reused_nothing": of the seeds those whose schedule is uncached, "folders", "figures", "training", "references",
-    "notes": what to know about its figures}], "left_out": [{"name", "point", "seeds", "reason"}]}]}
+    "reused_nothing": of the seeds those whose schedule is uncached, "folders", "figures", "training", "references" of
+    FID and its kin, "clips" of CLIP scores, "notes": what to know about its figures}], "left_out": [{"name", "point",
+    "seeds", "reason"}]}]}
     """
     groups: dict[str, dict[str, Any]] = {}
 
@@ -120,6 +122,7 @@ def summarise(comparison: Comparison, cells: Sequence[Cell], left_out: Iterable[
                     "figures": figures,
                     "training": spread([_with_update_ms(row["training"]) for _, row in kept]),
                     "references": [*dict.fromkeys(_reference(row) for _, row in kept if "fid" in row["figures"])],
+                    "clips": [*dict.fromkeys(row["clip"] for _, row in kept if "clip_score" in row["figures"])],
                     "notes": [*dict.fromkeys(note for _, row in kept for note in row.get("notes", []))],
                 }
             )
@@ -204,10 +207,11 @@ def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
 
 
 def note_lines(group: Mapping[str, Any]) -> list[str]:
-    """What the rows say of their figures: the reference, and what too few samples do; of which, where not of all."""
+    """What the rows say of their figures: reference, CLIP, and what too few samples do; of which, where not of all."""
     found: dict[str, list[str]] = {}
     for row in group["rows"]:
-        for line in (*(f"{JUDGED} {reference}" for reference in row["references"]), *row["notes"]):
+        judges = [*(f"{JUDGED} {one}" for one in row["references"]), *(f"{BY_CLIP} {one}" for one in row["clips"])]
+        for line in (*judges, *row["notes"]):
             found.setdefault(line, []).append(f"{row['name']} {row['point']}".strip())
     return [
         f"{line}{'' if len(names) == len(group['rows']) else f' ({listed(names)})'}." for line, names in found.items()

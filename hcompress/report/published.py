@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hcompress.errors import DataError
-from hcompress.metrics.clip_score import ClipScore, read_prompts
+from hcompress.metrics.clip_score import Clip, clip_score, read_prompts
 from hcompress.metrics.image_sets import Folder, ImageSet, open_set
 from hcompress.metrics.inception import Inception, features_of
 from hcompress.metrics.published import published_metrics
 from hcompress.metrics.reference import load_reference
 from hcompress.models.decoder import load_viewer
+from hcompress.prompts import words_of
 from hcompress.setting import Setting
 
 BATCH = 32
@@ -74,6 +75,24 @@ class Judge:
         return self(Generated(samples, viewer_of(setting), self.device), what)
 
 
+@final
+class ByPrompt:
+    """CLIP scores of models' samples, each by the words that it was asked for in; the network is read once.
+
+    clip: a local folder or a hub id
+    """
+
+    def __init__(self, clip: str, device: str = "cpu", show: Show = lambda what, done, total: None) -> None:
+        self.network, self.device, self.show = Clip(clip, device), device, show
+
+    def of_samples(self, setting: Setting, samples: Tensor, what: str) -> dict[str, float]:
+        """The score of a model's samples [N, C, h, w], of its own prompts for scoring in order."""
+        images, count = Generated(samples, viewer_of(setting), self.device), len(samples)
+        words = words_of(setting.model, count)
+        score = clip_score(images, words, self.network, BATCH, lambda done: self.show(f"{what} by CLIP", done, count))
+        return {"clip_score": score}
+
+
 def viewer_of(setting: Setting) -> nn.Module:
     """What makes pictures of the model's samples. Raises DataError for latents that came without their VAE."""
     model = setting.model
@@ -81,7 +100,7 @@ def viewer_of(setting: Setting) -> nn.Module:
     if viewer is None:
         raise DataError(
             f"{model.name} makes latents of {model.adapter.sample_shape[0]} channels and {model.folder / 'vae'} is "
-            "missing, so there are no pictures to compare with --reference; download the VAE of its pipeline there"
+            "missing, so there are no pictures for --reference or --clip; download the VAE of its pipeline there"
         )
     return viewer
 
@@ -126,12 +145,11 @@ def judge_pictures(
     num_samples counts those that could be read, `left_out` the broken ones. Raises DataError, ModelError.
     """
     images = open_set(pictures, size, say)
+    lines = read_prompts(prompts, len(images)) if clip and prompts else []
+    network = Clip(clip, device) if clip and prompts else None
     figures: dict[str, Any] = judge(images) if judge else {}
-    if clip and prompts:
-        lines, score = read_prompts(prompts, len(images)), ClipScore(clip, device)
-        for numbers, batch in images.batches(BATCH):
-            score.add(batch, [lines[number] for number in numbers])
-            show("clip", score.count, len(images))
-        figures |= {"clip_score": score.mean, "clip": clip}
+    if network:
+        score = clip_score(images, lines, network, BATCH, lambda done: show("clip", done, len(images)))
+        figures |= {"clip_score": score, "clip": clip}
     broken = len(images.broken) if isinstance(images, Folder) else 0
     return figures | {"num_samples": len(images) - broken, "left_out": broken}
