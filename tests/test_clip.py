@@ -133,6 +133,22 @@ def test_a_row_of_a_comparison_has_the_score_of_its_finished_pictures(
         assert score == pytest.approx(json.loads(stdout)["clip_score"], abs=0.05) and score > 0
 
 
+def test_eval_scores_a_models_samples_with_and_without_a_schedule(
+    hcompress: Any, model: Path, clip: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    """As a comparison does, and where a recipe asks for it; of a model that takes no text that is refused."""
+    asked = recipe(tmp_path, model, f"metrics: {{clip: {clip}, samples: {SAMPLES}}}")
+    assert hcompress("train", model, "--recipe", asked, "--out", tmp_path / "run")[0] == 0
+    code, stdout, stderr = hcompress("eval", model, "--schedule", tmp_path / "run", "--recipe", asked, "--json")
+    both = json.loads(stdout)
+    assert code == 0 and both["clip"] == str(clip) and both["clip_score"] != both["uncached"]["clip_score"] > 0, stderr
+    run = ("--steps", CALLS, "--samples", SAMPLES, "--clip", clip)
+    alone = json.loads(hcompress("eval", model, *run, "--json")[1])["uncached"]
+    assert alone["clip_score"] == both["uncached"]["clip_score"]
+    code, _, stderr = hcompress("eval", tiny_run.parent / "model", *run)
+    assert code == 1 and "takes labels, so leave out --clip" in stderr and stderr.count("\n") == 1
+
+
 def test_rows_are_scored_anew_where_another_clip_is_asked_for_and_kept_where_none_is(
     hcompress: Any, model: Path, clip: Path, tmp_path: Path
 ) -> None:

@@ -202,6 +202,23 @@ def test_cells_that_were_timed_otherwise_are_timed_anew_and_keep_their_other_fig
     assert not again.told
 
 
+def test_rows_that_are_timed_anew_keep_what_they_were_judged_by(asked, done, tmp_path):
+    """Though nothing is asked for by now: their figures stay, and so does what is said of them."""
+    judged = {"reference": "real.npz", "size": 64, "clip": "some/clip"}
+    out, one_seed = tmp_path / "out", asked.model_copy(update={"seeds": [0]})
+    shutil.copytree(done, out)
+    for change in (
+        lambda row: row.update(judged),
+        lambda row: row["figures"].update(fid=1.0, clip_score=30.0),
+        lambda row: row["measured"].update(rounds=9),
+    ):
+        changed(out, change)
+    report = compare(one_seed, out, watch := Watched())
+    assert {doing for _, _, doing in watch.told} == {"timing"}
+    for row in report["groups"][0]["rows"]:
+        assert (row["references"], row["clips"]) == (["real.npz, cut to 64 pixels"], ["some/clip"])
+
+
 def test_rows_of_earlier_versions_are_measured_anew_from_what_was_trained(asked, done, tmp_path):
     def forget(row: dict) -> None:
         del row["weights"], row["measured"]

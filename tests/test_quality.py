@@ -157,7 +157,7 @@ def test_eval_refuses_options_that_would_do_nothing(hcompress: Any, models: dict
         (models["pictures"], "--reuse", "taylor"): "--reuse",
         (models["pictures"], "--inception", "file"): "--inception",
         (models["pictures"], "--size", 8): "--size",
-        (models["pictures"], "--clip", "folder"): "--clip",
+        (tmp_path, "--reference", tmp_path, "--clip", "folder"): "--clip",
     }
     for arguments, option in wrong.items():
         code, stdout, told = hcompress("eval", *arguments)

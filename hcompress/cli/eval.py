@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch import Tensor
 
     from hcompress.report.published import Judge
 
@@ -62,7 +63,12 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Pictures only: a line of text for each, for CLIP score.")
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="The CLIP: a local folder or a hub id.", show_default=CLIP)] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="A CLIP, a local folder or a hub id; scores a text MODEL too.", show_default=f"pictures: {CLIP}"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -81,8 +87,11 @@ def evaluate(
     pictures = Path(model).exists() and not is_model(model)
     given = {"solver": solver, "steps": steps, "cfg": cfg, "samples": samples}
     asked = _asked(recipe) if recipe else {}
-    asked |= {name: value for name, value in (given | {"reference": reference}).items() if value is not None}
-    reference = asked.get("reference")
+    if pictures and prompts is None:
+        _refuse({"clip": clip}, "there are no --prompts")
+    measured = {"reference": reference, "clip": clip}
+    asked |= {name: value for name, value in (given | measured).items() if value is not None}
+    reference, clip = asked.get("reference"), asked.get("clip")
     if pictures and (schedule or not (reference or prompts)):
         raise InputError(
             f"{model} is no MODEL, so it should hold pictures, which are judged by --reference REAL, --prompts FILE or "
@@ -99,8 +108,6 @@ def evaluate(
         _refuse({"reuse": reuse}, "it is how a schedule's mask runs, so pass --schedule")
     if reference is None:
         _refuse({"inception": inception} | ({} if pictures else {"size": size}), "there is no --reference")
-    if prompts is None:
-        _refuse({"clip": clip}, "there are no --prompts")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         judge = _judge(reference, inception, size, device, bars) if reference else None
@@ -130,7 +137,7 @@ def _asked(recipe: str) -> dict[str, Any]:
     metrics = resolved.metrics or MetricsSettings()
     asked = {"solver": resolved.solver.name, "steps": resolved.solver.steps, "cfg": resolved.cfg}
     reference = {"reference": Path(metrics.reference)} if metrics.reference else {}
-    return asked | {"samples": metrics.samples} | reference
+    return asked | {"samples": metrics.samples} | reference | ({"clip": metrics.clip} if metrics.clip else {})
 
 
 def _samples(
@@ -144,7 +151,8 @@ def _samples(
     bars: Progress,
 ) -> dict[str, Any]:
     """MODEL's samples, uncached and under the schedule. What is not asked for is the schedule's, or MODEL's own."""
-    from hcompress.report.published import viewer_of
+    from hcompress.prompts import words_of
+    from hcompress.report.published import ByPrompt, viewer_of
     from hcompress.report.quality import evaluate as measure
     from hcompress.report.quality import left_out
     from hcompress.rundir import own_flags
@@ -160,19 +168,29 @@ def _samples(
     if loaded:
         loaded.check_fits(setting.adapter.graph, setting.identity)
         loaded = loaded.reusing(reuse, setting.adapter.graph)
-    if judge:
+    clip = asked.get("clip")
+    if judge or clip:
         viewer_of(setting)  # latents that nothing decodes are refused before they are made
+    if clip:
+        words_of(setting.model, samples)  # and so are prompts without words
+    by_prompt = ByPrompt(clip, device, _show(bars)) if clip else None
     for note in filter(None, (left_out(setting, samples), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
     said = {"model": model, "solver": solver, "steps": steps, "cfg": setting.cfg, "reuse": loaded and loaded.reuse}
+    said |= {"clip": clip} if clip else {}
+
+    def published(made: Tensor, what: str) -> dict[str, float]:
+        figures = judge.of_samples(setting, made, what) if judge else {}
+        return figures | (by_prompt.of_samples(setting, made, what) if by_prompt else {})
+
     return said | measure(
         setting,
         loaded,
         samples,
         seed,
         lambda what, done: bars.update(tasks[what], completed=done),
-        lambda made, what: judge.of_samples(setting, made, what) if judge else {},
+        published,
     )
 
 
