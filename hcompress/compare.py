@@ -12,7 +12,8 @@ Cells are independent but for the uncached ones, so a comparison can be killed, 
 and recipes, and divided: under `accelerate launch` cell i belongs to process i modulo their number, which trains it
 alone, and files are all that they share. Training of seed s uses seed s; all is measured on the noise of 100 + s.
 Times are those of this call's settings and machine: a finished cell with others is timed anew, and keeps its samples'
-figures. Cells of other weights are refused.
+figures. One that was judged by another reference or CLIP is measured anew, and keeps what was made. Cells of other
+weights are refused.
 
 Legend: N samples.
 """

@@ -116,8 +116,11 @@ def test_a_row_of_a_comparison_has_the_score_of_its_finished_pictures(
     (group,) = json.loads(stdout)["groups"]
     assert all(row["figures"]["clip_score"]["seeds"] == 2 and row["clips"] == [str(clip)] for row in group["rows"])
     tables = (tmp_path / "out" / "compare.md").read_text()
-    assert "| CLIP ↑ |" in tables and f"CLIP is 100 times the cosine of picture and prompt, or 0, by {clip}." in tables
-    assert f"or 0, by {clip}." in (tmp_path / "out" / "compare.html").read_text()
+    assert (
+        "| CLIP ↑ |" in tables
+        and f"CLIP is 100 times the cosine of picture and prompt, at least 0, by {clip}." in tables
+    )
+    assert f"at least 0, by {clip}." in (tmp_path / "out" / "compare.html").read_text()
 
     order = np.resize(np.arange(4, 8), SAMPLES)
     prompts = {name: rows if len(rows) == 1 else rows[order] for name, rows in make_prompts(len(CAPTIONS)).items()}
@@ -176,7 +179,7 @@ def test_rows_are_scored_anew_where_another_clip_is_asked_for_and_kept_where_non
         row.write_text(json.dumps(timed | {"measured": timed["measured"] | {"rounds": 77}}))
     again = compare()
     assert {name: row["clip"] for name, row in again.items()} == dict.fromkeys(again, str(other))
-    assert f"or 0, by {other}." in (out / "compare.md").read_text()
+    assert f"at least 0, by {other}." in (out / "compare.md").read_text()
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 

@@ -158,6 +158,22 @@ def test_a_speedup_that_was_not_reached_is_missed_as_well():
     assert missed(recipe, 0.1, 1.1) == "missed: MACs / 1.10 of 1.5"
 
 
+def test_latents_that_nothing_decodes_are_said_to_have_no_psnr(tmp_path):
+    comparison = asked()
+    cells = cells_of(comparison)[0]
+    for cell in cells:
+        keep(tmp_path, comparison, cell, "figures")
+    for psnr, said in ((True, "PSNR, SSIM and relative L2 compare with"), (False, "Relative L2 compares with")):
+        for file in tmp_path.rglob("row-*.json"):
+            row = json.loads(file.read_text())
+            figures = {key: value for key, value in row["figures"].items() if psnr or key != "psnr_db"}
+            file.write_text(json.dumps(row | {"figures": figures | {"relative_l2": 0.1}}))
+        write_report(comparison, cells, [], tmp_path)
+        for file in ("compare.md", "compare.html"):
+            page = (tmp_path / file).read_text()
+            assert said in page and ("have no PSNR" in page) == (not psnr)
+
+
 def test_what_holds_of_some_figures_names_their_rows(tmp_path):
     """As where the reference was changed and the rows are not all measured anew yet."""
     comparison = asked()

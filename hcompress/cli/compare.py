@@ -24,9 +24,13 @@ def compare(
         typer.Argument(metavar="RECIPE", help="Recipes, or one comparison: shipped ones or files.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.", show_default=False)],
-    budgets: Annotated[str | None, typer.Option(help="Target CURs, such as 0.2,0.3,0.4.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="To measure with, a row and seed.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Target CURs, such as 0.2,0.3,0.4.", show_default="the recipes'")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Of training and of noise.", show_default="0,1,2")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="To measure with, a row and seed.", show_default="the recipes', or 500")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Real pictures or their statistics: adds FID, IS, ...")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Cut and scale a folder's pictures to this side.")] = None,
     inception: Annotated[
@@ -35,15 +39,17 @@ def compare(
     clip: Annotated[
         str | None, typer.Option(help="Text models: a CLIP, a local folder or a hub id; adds the CLIP score.")
     ] = None,
-    runner: Annotated[str | None, typer.Option(help="What samples and is timed: torch or onnxruntime.")] = None,
+    runner: Annotated[
+        str | None, typer.Option(help="What samples and is timed: torch or onnxruntime.", show_default="torch")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which cells there are, and run nothing.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on stdout.")] = False,
 ) -> None:
     """Train, sample and measure every recipe at every budget with every seed; leave compare.html, .md and .json in OUT.
 
-    The same command goes on where it stopped. Cells that are finished are never done again; those that were timed with
-    other settings or on another machine are timed anew. On several GPUs:
+    The same command goes on where it stopped. What was trained is kept; cells that were judged by another reference or
+    CLIP are sampled anew, those that were timed with other settings or on another machine timed anew. On several GPUs:
     accelerate launch -m hcompress.cli.main compare ...
 
     Example: hcompress compare fashion-dit_ddim20 --out runs/compare-20

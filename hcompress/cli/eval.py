@@ -169,10 +169,10 @@ def _samples(
         loaded.check_fits(setting.adapter.graph, setting.identity)
         loaded = loaded.reusing(reuse, setting.adapter.graph)
     clip = asked.get("clip")
-    if judge or clip:
-        viewer_of(setting)  # latents that nothing decodes are refused before they are made
     if clip:
-        words_of(setting.model, samples)  # and so are prompts without words
+        words_of(setting.model, samples)  # prompts without words are refused before anything is made
+    if judge or clip:
+        viewer_of(setting)  # and so are latents that nothing decodes
     by_prompt = ByPrompt(clip, device, _show(bars)) if clip else None
     for note in filter(None, (left_out(setting, samples), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)

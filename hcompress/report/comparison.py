@@ -29,7 +29,7 @@ REAL = "real, same number"
 NEAR = 0.03  # of its budget: fewer steps whose share of steps saved comes no nearer are not ranked
 SHORT = 1.0  # seconds that are no training cost
 JUDGED = "FID, sFID, KID, precision and recall compare with"
-BY_CLIP = "CLIP is 100 times the cosine of picture and prompt, or 0, by"
+BY_CLIP = "CLIP is 100 times the cosine of picture and prompt, at least 0, by"
 SPREAD = "sample standard deviation (n - 1)"  # what stands behind ±
 
 
@@ -193,10 +193,14 @@ def provenance(report: Mapping[str, Any]) -> str:
 
 def meaning(report: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     """What the columns of a table are."""
-    said = (
-        "PSNR, SSIM and relative L2 compare with the uncached sample from the same noise. CUR is the share of branch "
-        f"evaluations that are reused; latency is of {described(report['measured'], 'timing')}; speed-up is over the "
-        "uncached model, timed in turns."
+    present = columns_of(group)
+    latents = "relative_l2" in present and "psnr_db" not in present
+    said = "Relative L2 compares" if latents else "PSNR, SSIM and relative L2 compare"
+    said += " with the uncached sample from the same noise"
+    said += "; latents without a VAE have no PSNR and no SSIM. " if latents else ". "
+    said += (
+        f"CUR is the share of branch evaluations that are reused; latency is of "
+        f"{described(report['measured'], 'timing')}; speed-up is over the uncached model, timed in turns."
     )
     if floors_of(group):
         said += (

@@ -28,10 +28,10 @@ class Judges:
         self.judges: list[Judge | ByPrompt] = []
         self.said: list[str] = []
         for setting in settings:
-            if asked.reference is not None or asked.clip is not None:
-                viewer_of(setting)
             if asked.clip is not None:
                 words_of(setting.model, asked.samples)
+            if asked.reference is not None or asked.clip is not None:
+                viewer_of(setting)
         if asked.reference is not None:
             weights = Path(asked.inception) if asked.inception else None
             judge = Judge(Path(asked.reference), weights, asked.size, device, say, said=self.said)
