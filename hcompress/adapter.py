@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hcompress.branches import BranchGraph
 from hcompress.errors import ModelError
 from hcompress.schedule import Identity
-from hcompress_runtime.conditions import Given, Input, complete
+from hcompress_runtime.conditions import Given, Input, complete, take
 
 Route = Callable[[int, Callable[[], Tensor]], Tensor]
 """(branch index, how to compute it) -> the branch's output before its gate, [R, *Branch.shape]."""
@@ -74,8 +74,11 @@ class Adapter(ABC, nn.Module):
         """Conditions for `count` training samples, drawn as the method asks (uniform over classes, or prompts)."""
 
     @abstractmethod
-    def even_conditions(self, count: int) -> Given:
-        """Conditions to evaluate `count` samples with: each class, or each prompt of the model's own, equally often."""
+    def even_conditions(self, count: int, first: int = 0) -> Given:
+        """Conditions to evaluate samples `first` .. `first` + `count` - 1 with.
+
+        Each class, or each prompt of the model's own, comes equally often.
+        """
 
     def scheduler_config(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The scheduler's configuration as the family's pipeline runs it, from the one stored with the model."""
@@ -112,7 +115,8 @@ class Adapter(ABC, nn.Module):
     def condition(self, given: Given) -> Condition:
         """What a user gives as tensors on the adapter's device. Raises InputError for what this model cannot take."""
         rows = complete(self.conditions, given)
-        return {name: torch.from_numpy(np.array(row)).to(self.device) for name, row in rows.items()}
+        every = range(len(next(iter(rows.values()))))
+        return {name: torch.from_numpy(row).to(self.device) for name, row in take(rows, every).items()}
 
     @final
     def label_condition(self, labels: Sequence[int]) -> Condition:

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcompress.report.quality import balanced_labels
+from hcompress.report.quality import PART, Told, in_parts
 from hcompress.sampling import sample_seeded
 from hcompress.schedule import Schedule
 from hcompress.setting import Setting
+from hcompress_runtime.conditions import Given
 
 Draw = Callable[[int, int, int, Callable[[int], None]], Tensor]
 """(count, seed, how many at once, progress) -> samples [count, C, H, W] of balanced labels, on the CPU."""
@@ -27,8 +28,11 @@ def _on_torch(setting: Setting, schedule: Schedule | None, folder: Path) -> Iter
     reuse = {} if schedule is None else {"compute": schedule.compute, "corrections": schedule.corrections}
 
     def draw(count: int, seed: int, batch: int, progress: Callable[[int], None]) -> Tensor:
-        run: dict[str, Any] = {"seed": seed, "cfg": setting.cfg, "batch": batch, "progress": progress, **reuse}
-        return sample_seeded(setting.adapter, setting.table, balanced_labels(setting, count), **run).cpu()
+        def part(given: Given, first: int, progress: Told) -> Tensor:
+            run: dict[str, Any] = {"seed": seed, "cfg": setting.cfg, "batch": batch, "first": first, **reuse}
+            return sample_seeded(setting.adapter, setting.table, given, progress=progress, **run).cpu()
+
+        return in_parts(setting, count, part, progress, max(PART, batch))
 
     yield draw
 
@@ -46,15 +50,17 @@ def _on_onnxruntime(setting: Setting, schedule: Schedule | None, folder: Path) -
         with Runtime(bundle, provider, torch.get_num_threads()) as runtime:
 
             def draw(count: int, seed: int, batch: int, progress: Callable[[int], None]) -> Tensor:
-                done = 0
+                def part(given: Given, first: int, progress: Told) -> Tensor:
+                    done = 0
 
-                def on_step(call: int, x: NDArray[np.float32]) -> None:
-                    nonlocal done
-                    done += len(x) if call == calls else 0
-                    progress(min(done, count))
+                    def on_step(call: int, x: NDArray[np.float32]) -> None:
+                        nonlocal done
+                        done += len(x) if call == calls else 0
+                        progress(min(done, count - first))
 
-                given = balanced_labels(setting, count)
-                return torch.from_numpy(runtime.generate(given, seed, batch=batch, on_step=on_step))
+                    return torch.from_numpy(runtime.generate(given, seed, batch=batch, first=first, on_step=on_step))
+
+                return in_parts(setting, count, part, progress, max(PART, batch))
 
             yield draw
 

@@ -26,6 +26,7 @@ from hcompress.quantize import quantize
 from hcompress.recipe import Run, resolve, resolve_quant
 from hcompress.report.comparison import best_rows, write_report
 from hcompress.report.comparison_progress import ComparisonDisplay
+from hcompress.report.quality import PART
 from hcompress.runners import RUNNERS
 from hcompress.schedule import Schedule
 from hcompress.setting import setting_of
@@ -413,11 +414,21 @@ def test_all_runners_draw_the_same_samples(asked, done, tmp_path):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+def test_samples_that_are_drawn_in_parts_are_those_that_are_drawn_together(asked, tmp_path, monkeypatch, runner):
+    setting = setting_of(cells_of(asked)[0][0].group)
+    with RUNNERS[runner](setting, None, tmp_path) as draw:
+        whole = draw(7, 3, 2, lambda done: None)
+        monkeypatch.setattr("hcompress.runners.PART", 4)
+        told = []
+        assert (draw(7, 3, 2, told.append) - whole).abs().max() < 1e-5 and sorted({*told} - {0}) == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_as_many_samples_run_at_once_as_are_asked_for(asked, tmp_path, runner):
     """Nothing is told of less than all of them, however many: what is timed is one batch."""
     setting = setting_of(cells_of(asked)[0][0].group)
     with RUNNERS[runner](setting, None, tmp_path) as draw:
-        for count in (5, 70):
+        for count in (5, PART + 1):
             told = []
             assert len(draw(count, 0, count, told.append)) == count
             assert {*told} - {0} == {count}

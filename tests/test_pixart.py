@@ -88,6 +88,14 @@ def test_conditions_are_drawn_from_the_models_own_prompts(tiny_pixart: Adapter) 
     assert np.array_equal(drawn["prompt_mask"], own["prompt_mask"][which])
 
 
+@pytest.mark.parametrize("count", [1, 3, 8, 20])
+def test_prompts_for_scoring_go_on_where_a_part_ended(count: int) -> None:
+    adapter = PixArt(make_pixart().network, make_prompts(count), tokens=5)
+    whole, parts = adapter.even_conditions(30), [adapter.even_conditions(10, first) for first in (0, 10, 20)]
+    for name, rows in whole.items():
+        assert np.array_equal(rows, np.concatenate([part[name] for part in parts]))
+
+
 @pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 11, 12, 16, 128])
 def test_nothing_is_scored_on_a_prompt_that_it_learned_from(count: int) -> None:
     """But with fewer than eight, of which all are for both. What comes every fourth time is in both halves."""

@@ -16,6 +16,7 @@ Those of the null prompt may be left out, together; the model's own null prompt 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from hcompress_runtime.errors import InputError
 from hcompress_runtime.noise import gaussian
@@ -33,9 +33,11 @@ Given: TypeAlias = Sequence[int] | Mapping[str, Any]
 """As a user gives it: a label for each sample, or arrays by name with a row for each sample."""
 
 Rows: TypeAlias = Mapping[str, NDArray[Any]]
-"""Complete and checked: every input of the model by name, each with a row for each sample."""
+"""Complete and checked: every input of the model by name, each with a row for each sample; halves may stay halves."""
 
 DTYPES = ("int64", "float32", "bool")
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+BLOCK = 256  # rows that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +93,10 @@ def complete(inputs: Mapping[str, Input], given: Given) -> Rows:
     return {name: np.broadcast_to((defaults | rows)[name], (count, *one.shape)) for name, one in inputs.items()}
 
 
-def take(rows: Rows, samples: Sequence[int]) -> Rows:
-    """The rows of `samples`, as contiguous copies."""
-    return {name: array[np.array(samples)] for name, array in rows.items()}
+def take(rows: Rows, samples: Sequence[int] | NDArray[np.int64]) -> Rows:
+    """The rows of `samples`, as contiguous copies in the dtypes of their inputs."""
+    chosen = {name: array[np.array(samples)] for name, array in rows.items()}
+    return {name: array.astype(np.float32) if array.dtype == np.half else array for name, array in chosen.items()}
 
 
 def example(inputs: Mapping[str, Input], count: int) -> Rows:
@@ -115,19 +118,35 @@ def example(inputs: Mapping[str, Input], count: int) -> Rows:
 
 
 def load_prompts(path: Path) -> Mapping[str, NDArray[Any]]:
-    """The tensors of a prompts file, unchecked. Raises InputError where it is absent or no safetensors file."""
+    """The tensors of a prompts file, unchecked, and in memory as far as they are read: a prompt may be a megabyte.
+
+    Raises InputError where it is absent or no safetensors file.
+    """
     if not path.is_file():
         raise InputError(f"no prompts at {path}; it should be a safetensors file, see FORMAT.md")
     try:
-        return load_file(path)
+        with safe_open(path, "numpy"):  # which checks what the header says
+            pass
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            begin = file.tell()
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or not a safetensors file ({error}); write it again") from error
-    except (KeyError, TypeError, AttributeError) as error:  # bfloat16, float8: numpy has no such type
-        raise InputError(f"{path} holds a tensor of a type that numpy lacks ({error}); store float32") from error
+    header.pop("__metadata__", None)
+    if unknown := sorted({tensor["dtype"] for tensor in header.values()} - STORED.keys()):
+        raise InputError(f"{path} holds a tensor of type {', '.join(unknown)}, which numpy lacks; store float32")
+    return {name: _mapped(path, begin, **tensor) for name, tensor in header.items()}
+
+
+def _mapped(path: Path, begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
+    """A tensor of a safetensors file whose data begin at `begin`."""
+    if 0 in shape:
+        return np.empty(shape, STORED[dtype])
+    return np.memmap(path, STORED[dtype], "r", begin + data_offsets[0], tuple(shape))
 
 
 def _checked(name: str, one: Input, given: Any) -> NDArray[Any]:
-    """`given` as dtype[N, *shape]."""
+    """`given` as dtype[N, *shape]; halves stay halves until they are taken."""
     if one.classes is not None:
         return _labels(given, one.classes)
     array = np.asarray(given)
@@ -141,9 +160,10 @@ def _checked(name: str, one: Input, given: Any) -> NDArray[Any]:
         raise InputError(f"{name} is of type {array.dtype}, but this model takes {one.dtype}")
     if one.dtype == "bool" and not ((array == 0) | (array == 1)).all():
         raise InputError(f"{name} should be 1 where a token counts and 0 where it is padding, and nothing else")
-    if not np.isfinite(array).all():
+    if not all(np.isfinite(array[first : first + BLOCK]).all() for first in range(0, len(array), BLOCK)):
         raise InputError(f"{name} holds NaN or infinity")
-    return array.astype(one.dtype, copy=False)
+    halves = one.dtype == "float32" and array.dtype == np.half
+    return array if halves else array.astype(one.dtype, copy=False)
 
 
 def _labels(given: Any, classes: int) -> NDArray[np.int64]:

@@ -79,9 +79,9 @@ class QuantizedAdapter(Adapter):
         """The original's."""
         return self.original.random_condition(rng, count)
 
-    def even_conditions(self, count: int) -> Given:
+    def even_conditions(self, count: int, first: int = 0) -> Given:
         """The original's."""
-        return self.original.even_conditions(count)
+        return self.original.even_conditions(count, first)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedAdapter:
         scales, timesteps = self.log_scales.data, self.timesteps

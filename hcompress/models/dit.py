@@ -93,9 +93,9 @@ class DiT(Adapter):
         """Labels uniform over the classes (HarmoniCa, algorithm of SDT)."""
         return {"labels": torch.from_numpy(rng.integers(self.num_classes, size=count)).to(self.device)}
 
-    def even_conditions(self, count: int) -> Given:
+    def even_conditions(self, count: int, first: int = 0) -> Given:
         """Labels, round robin over the classes."""
-        return [index % self.num_classes for index in range(count)]
+        return [index % self.num_classes for index in range(first, first + count)]
 
 
 def _distinct(modules: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:

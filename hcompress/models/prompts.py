@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hcompress.adapter import Adapter, Condition
 from hcompress.errors import InputError, ModelError
-from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prompts, null_name
+from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prompts, null_name, take
 
 FILE = "prompts.safetensors"
 TURN = 4  # prompts in a row for the one, then for the other
@@ -50,9 +50,9 @@ class PromptAdapter(Adapter):
         return self.condition(self.prompts.random(rng, count))
 
     @final
-    def even_conditions(self, count: int) -> Given:
+    def even_conditions(self, count: int, first: int = 0) -> Given:
         """The model's own prompts for scoring, round robin. Raises ModelError where it has none."""
-        return self.prompts.even(count)
+        return self.prompts.even(count, first)
 
 
 @final
@@ -83,7 +83,7 @@ class PromptInputs:
         self.conditions = {**prompt, **_with_defaults(nulls, defaults), **(other or {})}
         self.own: Rows | None = None if prompts is None else complete(self.conditions, prompts)
         if self.own is not None:
-            self.conditions |= _with_defaults(nulls, {name: np.array(self.own[name][0]) for name in nulls})
+            self.conditions |= _with_defaults(nulls, {name: take(self.own, [0])[name][0] for name in nulls})
 
     def null(self, condition: Condition) -> Condition:
         """The null prompts, which `condition` holds beside the prompts, and all that is no part of either.
@@ -103,9 +103,9 @@ class PromptInputs:
         """`count` prompts drawn uniformly from the model's own for learning. Raises ModelError where it has none."""
         return self._rows(lambda own: rng.choice(halves(own)[0], count))
 
-    def even(self, count: int) -> Rows:
+    def even(self, count: int, first: int = 0) -> Rows:
         """The model's own prompts for scoring, round robin. Raises ModelError where it has none."""
-        return self._rows(lambda own: scored(own, count))
+        return self._rows(lambda own: scored(own, count, first))
 
     def _rows(self, choose: Callable[[int], NDArray[np.int64]]) -> Rows:
         if self.own is None:
@@ -117,7 +117,7 @@ class PromptInputs:
                 f"{', '.join(name for name in self.conditions if name != 'guidance')} (export/FORMAT.md)"
             )
         chosen = choose(len(self.own[next(iter(self.prompt))]))
-        return {name: array[chosen] for name, array in self.own.items()}
+        return take(self.own, chosen)
 
 
 def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -129,9 +129,9 @@ def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return numbers[learning], numbers[~learning]
 
 
-def scored(prompts: int, count: int) -> NDArray[np.int64]:
-    """Which of `prompts` each of `count` samples is asked for when they are scored: int64[count]."""
-    return np.resize(halves(prompts)[1], count)
+def scored(prompts: int, count: int, first: int = 0) -> NDArray[np.int64]:
+    """Which of `prompts` each of `count` samples from `first` on is asked for when they are scored: int64[count]."""
+    return halves(prompts)[1].take(range(first, first + count), mode="wrap")
 
 
 def zeros(prompt: Mapping[str, Input]) -> Prompts:

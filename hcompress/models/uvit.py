@@ -86,9 +86,9 @@ class UViT(Adapter):
         """Labels uniform over the classes."""
         return {"labels": torch.from_numpy(rng.integers(self.num_classes, size=count)).to(self.device)}
 
-    def even_conditions(self, count: int) -> Given:
+    def even_conditions(self, count: int, first: int = 0) -> Given:
         """Labels, round robin over the classes."""
-        return [index % self.num_classes for index in range(count)]
+        return [index % self.num_classes for index in range(first, first + count)]
 
 
 def _blocks(network: UViT2DModel) -> list[Any]:

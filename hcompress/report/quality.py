@@ -30,6 +30,7 @@ from hcompress.zoo import emoji_clip
 from hcompress_runtime.conditions import Given
 
 DECODED = 8  # latents at once
+PART = 256  # samples whose prompts, up to 2 MB each, are held at once
 COUNTS = {  # fewest and most samples that the metrics of a zoo model's data take
     "fashion": (fashion.MIN_SAMPLES, fashion.MAX_SAMPLES),
     "emoji": (emoji.MIN_SAMPLES, emoji.MAX_SAMPLES),
@@ -42,10 +43,22 @@ WITH_CACHE = (
     "cached quantized, its own schedule",
 )
 
+Told = Callable[[int], None]
+"""Is told how many samples are done."""
 
-def balanced_labels(setting: Setting, count: int) -> Given:
-    """`count` labels, round robin over the classes, so that every class is asked for equally often; or prompts."""
-    return setting.adapter.even_conditions(count)
+
+def in_parts(
+    setting: Setting, count: int, draw: Callable[[Given, int, Told], Tensor], progress: Told, size: int = PART
+) -> Tensor:
+    """`count` samples [count, C, H, W] of balanced conditions, `size` after `size`: so many prompts are held at once.
+
+    draw: (conditions, number of the first, progress of this part) -> samples
+    """
+    parts = []
+    for first in range(0, count, size):
+        given = setting.adapter.even_conditions(min(size, count - first), first)
+        parts.append(draw(given, first, partial(lambda before, done: progress(before + done), first)))
+    return torch.cat(parts)
 
 
 def generate(
@@ -53,20 +66,17 @@ def generate(
     count: int,
     seed: int,
     compute: NDArray[np.bool_] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Told = lambda done: None,
     corrections: Corrections | None = None,
 ) -> Tensor:
     """`count` samples [count, C, H, W] of balanced labels from the streams 0 .. count-1 of `seed`; None = uncached."""
-    return sample_seeded(
-        setting.adapter,
-        setting.table,
-        balanced_labels(setting, count),
-        seed=seed,
-        cfg=setting.cfg,
-        compute=compute,
-        corrections=corrections,
-        progress=progress,
-    )
+
+    def draw(given: Given, first: int, progress: Told) -> Tensor:
+        reuse: dict[str, Any] = {"compute": compute, "corrections": corrections}
+        run: dict[str, Any] = {"seed": seed, "cfg": setting.cfg, "first": first, "progress": progress}
+        return sample_seeded(setting.adapter, setting.table, given, **run, **reuse)
+
+    return in_parts(setting, count, draw, progress)
 
 
 def paired(setting: Setting, samples: Tensor, reference: Tensor) -> dict[str, float]:
@@ -86,7 +96,7 @@ def distribution(setting: Setting, samples: Tensor) -> dict[str, float]:
     data = _data(setting)
     if data is None or left_out(setting, len(samples)):
         return {}
-    asked = balanced_labels(setting, len(samples))
+    asked = setting.adapter.even_conditions(len(samples))
     measured: fashion.FashionMetrics | emoji.EmojiMetrics
     if isinstance(asked, Mapping):
         states, mask = (torch.from_numpy(np.array(asked[name])) for name in ("prompt_embeds", "prompt_mask"))
