@@ -54,6 +54,7 @@ from hcompress.errors import HcompressError, RunError
 from hcompress.lowbit.artefact import network_bytes
 from hcompress.makers import MAKERS, Impossible, Made, Tell
 from hcompress.models.decoder import load_decoder
+from hcompress.models.prompts import fingerprint
 from hcompress.recipe import Run, first_difference
 from hcompress.report.comparison import write_report
 from hcompress.report.judges import JUDGED_BY, Judges, judged_so
@@ -208,6 +209,7 @@ class Bench:
                 "recipe": cell.recipe.model_dump(exclude_none=True),
                 **{key: getattr(self.comparison, key) if row is None else row.get(key) for key in JUDGED_BY},
                 "weights": self.setting(cell.own).identity.weight_hash,
+                "prompts": fingerprint(self.setting(cell.group).model.folder),
                 **self._outcome(cell, row),
             }
             write_atomically(row_file(self.out, cell, self.comparison), json.dumps(row, indent=1).encode())
@@ -216,7 +218,7 @@ class Bench:
     def kept(self, cell: Cell) -> dict[str, Any] | None:
         """The finished row; None where there is none, or none with all that is asked for by now.
 
-        Raises RunError where another recipe or other weights made it.
+        Raises RunError where another recipe, other weights or other prompts made it.
         """
         file = row_file(self.out, cell, self.comparison)
         if not file.exists() or (cell.name == UNCACHED and not self._reference(cell).exists()):
@@ -237,6 +239,8 @@ class Bench:
                 f"{file.parent} was measured with other weights of {cell.own.model} ({row['weights'][:12]}, now "
                 f"{str(weights)[:12]}); pass another --out"
             )
+        if row.get("prompts", now := fingerprint(self.setting(cell.group).model.folder)) != now:
+            raise RunError(f"{file.parent} is of other prompts than {cell.group.model} has now; pass another --out")
         return row if judged_so(row, self.comparison) else None
 
     def _timed_otherwise(self, row: Mapping[str, Any]) -> bool:

@@ -183,6 +183,28 @@ def test_rows_are_scored_anew_where_another_clip_is_asked_for_and_kept_where_non
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
+def test_rows_of_other_prompts_are_refused(hcompress: Any, model: Path, tmp_path: Path) -> None:
+    """Their samples are not those that the new ones would be compared with."""
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    asked = (
+        "compare",
+        recipe(tmp_path, own),
+        "--samples",
+        2,
+        "--seeds",
+        0,
+        "--budgets",
+        0.4,
+        "--out",
+        tmp_path / "out",
+    )
+    assert hcompress(*asked)[0] == 0 and hcompress(*asked)[0] == 0
+    keep_own(own, ["another", *CAPTIONS[1:]], load_file(own / "prompts.safetensors"))
+    code, _, stderr = hcompress(*asked)
+    assert code == 1 and "is of other prompts than" in stderr and stderr.count("\n") == 1
+
+
 def test_what_cannot_be_scored_is_told_in_one_line_before_anything_is_made(
     hcompress: Any, model: Path, clip: Path, tiny_run: Path, tmp_path: Path
 ) -> None:

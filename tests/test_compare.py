@@ -104,6 +104,18 @@ def untimed(file: Path) -> dict:
     return {key: value for key, value in row["figures"].items() if key not in TIMES}
 
 
+@pytest.mark.parametrize("shown, left_out", [("PSNR (dB) 38.00", "relative L2"), ("relative L2 0.25", "PSNR")])
+def test_a_person_is_shown_the_distance_that_there_is(asked, capsys, shown, left_out):
+    """Latents that nothing decodes have no PSNR."""
+    paired = {"relative_l2": 0.25} | ({"psnr_db": 38.0} if "PSNR" in shown else {})
+    cells = cells_of(asked)[0]
+    with ComparisonDisplay() as display:
+        display.start(cells)
+        display.finished(cells[-1], {"figures": {"cur": 0.4, "mac_ratio": 1.6, **paired}})
+    said = capsys.readouterr().err
+    assert shown in said and left_out not in said
+
+
 def test_a_row_is_the_mean_and_the_spread_of_its_seeds(done):
     """The sample's deviation: over few seeds the population's says too little, of two by a factor of root 2."""
     report = read(done)

@@ -12,6 +12,7 @@ file of fewer than 8 is all for both.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from hcompress.errors import InputError, ModelError
 from hcompress_runtime.conditions import Given, Input, Rows, complete, load_prompts, null_name, take
 
 FILE = "prompts.safetensors"
+END = 1 << 20  # bytes of a file that may have gigabytes
 TURN = 4  # prompts in a row for the one, then for the other
 ENCODED = {"prompt_embeds", "prompt_mask"}  # what `hcompress encode` makes of a prompt
 
@@ -132,6 +134,18 @@ def halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def scored(prompts: int, count: int, first: int = 0) -> NDArray[np.int64]:
     """Which of `prompts` each of `count` samples from `first` on is asked for when they are scored: int64[count]."""
     return halves(prompts)[1].take(range(first, first + count), mode="wrap")
+
+
+def fingerprint(folder: Path) -> str | None:
+    """What tells a model's own prompts from others: SHA-256 of the file's size and of either END; None without any."""
+    if not (file := folder / FILE).is_file():
+        return None
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        ends = opened.read(END)  # the words, where they are kept
+        opened.seek(max(0, size - END))
+        ends += opened.read()
+    return hashlib.sha256(size.to_bytes(8, "little") + ends).hexdigest()
 
 
 def zeros(prompt: Mapping[str, Input]) -> Prompts:

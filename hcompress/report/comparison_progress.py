@@ -16,7 +16,13 @@ from rich.table import Table
 from hcompress.comparison import Cell, group_name, missed
 
 PLAIN_SECONDS = 30.0  # between lines where there is no terminal
-FIGURES = {"cur": "CUR (%)", "mac_ratio": "MACs /", "psnr_db": "PSNR (dB)", "speedup": "speed-up"}
+FIGURES = {
+    "cur": "CUR (%)",
+    "mac_ratio": "MACs /",
+    "psnr_db": "PSNR (dB)",
+    "relative_l2": "relative L2",  # of latents that nothing decodes, which have no PSNR
+    "speedup": "speed-up",
+}
 
 
 @final
@@ -62,13 +68,21 @@ class ComparisonDisplay:
         self.bar.update(self.all, completed=len(self.rows))
         self._show()
         if not self.console.is_terminal:
-            figures = "  ".join(f"{title} {_of([self.rows[cell.folder]], key)}" for key, title in FIGURES.items())
+            shown = self._figures().items()
+            figures = "  ".join(f"{title} {_of([self.rows[cell.folder]], key)}" for key, title in shown)
             said = row.get("impossible") or "  ".join(filter(None, (figures, _missed(cell, [self.rows[cell.folder]]))))
             self._print(f"{len(self.rows)}/{len(self.cells)}  {_said(cell)}  {said}")
 
     def notice(self, line: str) -> None:
         """Print a line."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _figures(self) -> dict[str, str]:
+        """Those of FIGURES that are shown."""
+        decoded = any("psnr_db" in figures for figures in self.rows.values())
+        compared = any("relative_l2" in figures for figures in self.rows.values())
+        left_out = "psnr_db" if compared and not decoded else "relative_l2"
+        return {key: title for key, title in FIGURES.items() if key != left_out}
 
     def _print(self, line: str) -> None:
         self.printed = time.monotonic()
@@ -80,11 +94,12 @@ class ComparisonDisplay:
         for cell in self.cells:
             rows.setdefault(cell.row, []).append(cell)
         groups = {group_name(cell.group) for cell in self.cells}
-        table = Table("", "budget", "seeds", *FIGURES.values(), box=None, header_style="dim")
+        shown = self._figures()
+        table = Table("", "budget", "seeds", *shown.values(), box=None, header_style="dim")
         begun = {row: cells for row, cells in rows.items() if any(cell.folder in self.rows for cell in cells)}
         for (group, name, point), cells in [*begun.items()][-max(4, self.console.height - 6) :]:
             found = [self.rows[cell.folder] for cell in cells if cell.folder in self.rows]
-            figures = (_of(found, key) for key in FIGURES)
+            figures = (_of(found, key) for key in shown)
             where = f"{name}, {group}" if len(groups) > 1 else name
             table.add_row(where, _missed(cells[0], found) or point, f"{len(found)}/{len(cells)}", *figures)
         self.live.update(Group(table, self.bar))
