@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from hcompress.adapter import Adapter
 from hcompress.errors import DataError, InputError
 from hcompress.models.loading import Model
 from hcompress.models.prompts import ENCODED
-from hcompress.prompts import MINILM_MODELS, encode_for
+from hcompress.prompts import MINILM_MODELS, encode_for, write_prompts
 from hcompress.zoo import data_folder
 from hcompress_runtime.conditions import load_prompts, null_name
-from hcompress_runtime.files import write_atomically
 
 SUFFIX = ".txt"
 
@@ -83,9 +81,9 @@ def _encode(model: Model, texts: list[str], file: Path, on_notice: Callable[[str
             f"{model.folder}, or take the {SUFFIX} files away to train with the null prompt"
         )
     on_notice(f"reading {len(texts)} captions with the text encoder, once: kept at {file}")
-    tensors = encode_for(model.zoo or str(model.folder), texts, device=str(model.adapter.device), dtype=np.float16)
+    encoded = encode_for(model.zoo or str(model.folder), texts, device=str(model.adapter.device), dtype=np.float16)
     own = file.with_name(f"{os.getpid()}-{file.name}")  # each process of a run writes one
-    write_atomically(own, save(tensors))
+    write_prompts(own, encoded)
     own.replace(file)
 
 

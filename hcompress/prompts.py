@@ -10,17 +10,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from hcompress.errors import InputError, ModelError
 from hcompress.models.loading import Model, fetch_text_encoder, is_hub_id, load_model
 from hcompress.models.prompts import FILE, scored
-from hcompress.text_encoder import TextEncoder, encode
+from hcompress.text_encoder import Encoded, TextEncoder
 from hcompress.zoo import data_folder
 from hcompress_runtime.conditions import Input
 from hcompress_runtime.files import write_atomically
@@ -40,8 +38,8 @@ def encode_for(
     device: str = "cpu",
     dtype: DTypeLike = np.float32,
     on_batch: Callable[[int], object] = lambda done: None,
-) -> dict[str, NDArray[Any]]:
-    """The tensors of a prompts file for SOURCE, a bundle or a model.
+) -> Encoded:
+    """A prompts file for SOURCE, a bundle or a model, in the making.
 
     device, dtype: where the encoder runs, in float32, and what its states are stored in
     on_batch:      told how many prompts are done
@@ -63,7 +61,7 @@ def encode_for(
         if length > tokens:
             said = repr(prompt[:QUOTED]) + (" ..." if len(prompt) > QUOTED else "")
             raise InputError(f"prompt {said} has {length} tokens, but {source} reads {tokens}; shorten it")
-    return encode(reader, prompts, tokens, negative, dtype, on_batch)
+    return Encoded(reader, prompts, tokens, negative, dtype, on_batch)
 
 
 def read_captions(file: Path) -> list[str]:
@@ -77,9 +75,14 @@ def read_captions(file: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def prompts_file(prompts: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> bytes:
+def write_prompts(file: Path, encoded: Encoded) -> None:
     """A prompts file that keeps the words beside what the encoder made of them."""
-    return save(dict(tensors), {WORDS: json.dumps([*prompts])})
+    write_atomically(file, lambda opened: encoded.write(opened, words_kept(encoded.prompts)))
+
+
+def words_kept(prompts: Sequence[str]) -> dict[str, str]:
+    """The metadata of a prompts file."""
+    return {WORDS: json.dumps([*prompts])}
 
 
 def folder_for_own(source: str) -> Path:
@@ -95,10 +98,10 @@ def folder_for_own(source: str) -> Path:
     return folder
 
 
-def keep_own(folder: Path, prompts: Sequence[str], tensors: Mapping[str, NDArray[Any]]) -> Path:
-    """Make `prompts` those of the model in `folder`: FILE, which training and scoring draw from, and TEXT."""
-    write_atomically(folder / TEXT, "".join(f"{prompt}\n" for prompt in prompts).encode())
-    write_atomically(folder / FILE, prompts_file(prompts, tensors))
+def keep_own(folder: Path, encoded: Encoded) -> Path:
+    """Make these prompts those of the model in `folder`: FILE, which training and scoring draw from, and TEXT."""
+    write_atomically(folder / TEXT, "".join(f"{prompt}\n" for prompt in encoded.prompts).encode())
+    write_prompts(folder / FILE, encoded)
     return folder / FILE
 
 

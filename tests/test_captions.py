@@ -109,7 +109,7 @@ def test_captions_lie_beside_the_pictures_of_a_folder_and_are_read_once(model: P
     stream = open_images(setting_of(model), 0, str(folder), said.append)
     assert said[0].startswith("reading 3 captions with the text encoder, once: kept at ")
     assert said[1:] == ["1 of 4 images have no caption (NAME.txt): they train the null prompt"]
-    wanted = encode_for(str(model), [caption or "" for caption in CAPTIONS])
+    wanted = encode_for(str(model), [caption or "" for caption in CAPTIONS]).tensors()
     samples, told = stream.batch(0, 8, flip=False)
     for sample, one in zip(samples, told, strict=True):
         number = number_of(sample)
@@ -132,7 +132,7 @@ def test_a_model_without_prompts_of_its_own_is_shown_pictures_without_captions(m
         (folder / f"{number}.txt").unlink()
     setting = setting_of(model)
     stream = open_images(setting, 0, str(folder))
-    null = encode_for(str(model), ["sad"])["null_embeds"][0].astype(np.float16)
+    null = encode_for(str(model), ["sad"]).tensors()["null_embeds"][0].astype(np.float16)
     for first in range(4):
         samples, told = stream.batch(first, 1, flip=False)
         condition = setting.adapter.image_condition(told, np.zeros(1, np.bool_), np.random.default_rng(0))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from hcompress.errors import DataError, ModelError
 from hcompress.metrics.clip_score import Clip, clip_score, read_prompts
 from hcompress.models.loading import load_model
-from hcompress.prompts import keep_own, prompts_file, words_of
+from hcompress.prompts import words_kept, words_of
 
 CAPTIONS = [f"a {colour} {what}" for what in ("bag", "dog", "sun") for colour in ("red", "blue", "gray", "dark")]
 SCORED = CAPTIONS[4:8]  # fours take turns: the first and the third are for learning
@@ -43,13 +43,19 @@ class Pictures:
             yield [*range(first, first + len(rows))], rows
 
 
+def keep(folder: Path, prompts: list[str], tensors: dict[str, np.ndarray]) -> None:
+    """As `hcompress encode --for-training` leaves them."""
+    save_file(tensors, folder / "prompts.safetensors", words_kept(prompts))
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text model of gray pictures and its own captions. Do not change it."""
     folder = tmp_path_factory.mktemp("asked in words") / "model"
     make_pixart(own=False, channels=1, out_channels=1).network.save_pretrained(folder / "transformer")
     DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    keep_own(folder, CAPTIONS, make_prompts(len(CAPTIONS)))
+    keep(folder, CAPTIONS, make_prompts(len(CAPTIONS)))
     return folder
 
 
@@ -102,7 +108,7 @@ def test_a_prompts_file_keeps_its_words_and_one_beside_it_does_for_those_without
     assert np.array_equal(older.adapter.even_conditions(4)["prompt_embeds"], make_prompts(12)["prompt_embeds"][4:8])
     assert len(words_of(load_model("zoo:emoji-pixart"), 3)) == 3
     said = ["two\nlines", "“é” \u2028 one", ""]
-    (own / "prompts.safetensors").write_bytes(prompts_file(said, make_prompts(3)))
+    save_file(make_prompts(3), own / "prompts.safetensors", words_kept(said))
     assert words_of(load_model(str(own)), 3) == said
 
 
@@ -200,7 +206,7 @@ def test_rows_of_other_prompts_are_refused(hcompress: Any, model: Path, tmp_path
         tmp_path / "out",
     )
     assert hcompress(*asked)[0] == 0 and hcompress(*asked)[0] == 0
-    keep_own(own, ["another", *CAPTIONS[1:]], load_file(own / "prompts.safetensors"))
+    keep(own, ["another", *CAPTIONS[1:]], load_file(own / "prompts.safetensors"))
     code, _, stderr = hcompress(*asked)
     assert code == 1 and "is of other prompts than" in stderr and stderr.count("\n") == 1
 
@@ -217,7 +223,7 @@ def test_what_cannot_be_scored_is_told_in_one_line_before_anything_is_made(
     latent = tmp_path / "latent"
     make_pixart(own=False, channels=4).network.save_pretrained(latent / "transformer")
     DDIMScheduler(clip_sample=False).save_pretrained(latent / "scheduler")
-    keep_own(latent, CAPTIONS, make_prompts(len(CAPTIONS)))
+    keep(latent, CAPTIONS, make_prompts(len(CAPTIONS)))
     labels, encoding = tiny_run.parent / "model", f"hcompress encode {silent} --from CAPTIONS.txt --for-training"
     refused = {
         (silent, clip): f"none are kept: write them into .*prompts.txt, a line each, or delete prompts.*: {encoding}$",

@@ -18,8 +18,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5E
 
 from hcompress.errors import InputError
 from hcompress.models.loading import load_model
-from hcompress.prompts import words_of
-from hcompress.text_encoder import TextEncoder, encode
+from hcompress.prompts import words_of, write_prompts
+from hcompress.text_encoder import BATCH, Encoded, TextEncoder
 from hcompress.zoo import data_folder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "sad", "apple", "robot"]
@@ -71,12 +71,28 @@ def test_states_are_the_encoders_own_and_padding_changes_none(tmp_path: Path, t5
 
 def test_the_null_prompt_is_empty_unless_one_is_given(encoder: Path) -> None:
     reader = TextEncoder(encoder)
-    plain, led = (encode(reader, ["red apple"], 5, *negative) for negative in ((), ("sad",)))
+    plain, led = (Encoded(reader, ["red apple"], 5, *negative).tensors() for negative in ((), ("sad",)))
     assert plain["null_mask"].sum() == 2 and led["null_mask"].sum() == 3  # with [CLS] and [SEP]
-    assert np.array_equal(led["null_embeds"], encode(reader, ["sad"], 5)["prompt_embeds"])
+    assert np.array_equal(led["null_embeds"], Encoded(reader, ["sad"], 5).tensors()["prompt_embeds"])
     assert np.array_equal(plain["prompt_embeds"], led["prompt_embeds"])
     with pytest.raises(InputError, match="no prompts"):
-        encode(reader, [], 5)
+        Encoded(reader, [], 5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_what_is_written_in_batches_is_what_is_in_memory(encoder: Path, tmp_path: Path, dtype: type) -> None:
+    """As safetensors itself would write it, for its own reader."""
+    told: list[int] = []
+    prompts = ["red apple", "sad robot"] * BATCH
+    encoded = Encoded(TextEncoder(encoder), prompts, 7, "sad", dtype, told.append)
+    write_prompts(tmp_path / "written.safetensors", encoded)
+    assert told == [BATCH, 2 * BATCH]
+    written, tensors = load_file(tmp_path / "written.safetensors"), encoded.tensors()
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert written[name].dtype == tensor.dtype and np.array_equal(written[name], tensor)
+    with safe_open(tmp_path / "written.safetensors", "numpy") as opened:
+        assert json.loads(opened.metadata()["prompts"]) == prompts
 
 
 def test_from_text_to_a_picture(hcompress: Any, model: Path, tmp_path: Path) -> None:
@@ -115,7 +131,7 @@ def test_captions_become_what_a_model_trains_on(hcompress: Any, model: Path, tmp
     made = Path(hcompress(*asked)[1].strip())
     assert (own / "prompts.txt").read_text() == "red apple\nsad robot\nred robot\n"
     assert words_of(load_model(str(own)), 4) == ["red apple", "sad robot", "red robot", "red apple"]
-    kept, alone = load_file(made), encode(TextEncoder(model), ["red apple", "sad robot", "red robot"], 120)
+    kept, alone = load_file(made), Encoded(TextEncoder(model), ["red apple", "sad robot", "red robot"], 120).tensors()
     assert made == own / "prompts.safetensors" and kept["prompt_embeds"].dtype == np.float16
     np.testing.assert_allclose(kept["prompt_embeds"], alone["prompt_embeds"], atol=2e-3)  # fp16, values of a few
     assert hcompress(*run, "--resume")[0] == 0

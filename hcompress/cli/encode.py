@@ -37,8 +37,7 @@ def encode(
     from rich.progress import Progress
 
     from hcompress.errors import InputError
-    from hcompress.prompts import encode_for, folder_for_own, keep_own, prompts_file, read_captions
-    from hcompress_runtime.files import write_atomically
+    from hcompress.prompts import encode_for, folder_for_own, keep_own, read_captions, write_prompts
 
     if bool(prompts) == (captions is not None):
         raise InputError("say what to encode: prompts as arguments, or --from FILE with one a line, not both")
@@ -49,7 +48,7 @@ def encode(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("encoding", total=len(asked))
-        tensors = encode_for(
+        encoded = encode_for(
             source,
             asked,
             negative=negative,
@@ -58,11 +57,11 @@ def encode(
             dtype="float16" if for_training else "float32",  # there are many
             on_batch=lambda done: bars.update(task, completed=done),
         )
-    if out is None:
-        out = keep_own(folder, asked, tensors)
-    else:
-        write_atomically(out, prompts_file(asked, tensors))
+        if out is None:
+            out = keep_own(folder, encoded)
+        else:
+            write_prompts(out, encoded)
     if as_json:
-        print(json.dumps({"out": str(out), "prompts": len(asked), "tokens": tensors["prompt_mask"].shape[1]}))
+        print(json.dumps({"out": str(out), "prompts": len(asked), "tokens": encoded.tokens}))
     else:
         print(out)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.errors import DataError
-from hcompress.text_encoder import TextEncoder, encode
+from hcompress.text_encoder import Encoded, TextEncoder
 from hcompress.zoo import data_folder
 from hcompress.zoo.emoji import SIZE, Emoji, load_emoji
 from hcompress.zoo.training import Loss, Network, averaged, train
@@ -80,7 +80,7 @@ def caption_states(run: Path, captions: list[str]) -> dict[str, Tensor]:
     """The tensors of a prompts file for `captions`; embeddings as fp16. Kept in `run`."""
     path = run / "captions.safetensors"
     if not path.exists():
-        tensors = encode(TextEncoder(data_folder() / "minilm"), captions, TOKENS)
+        tensors = Encoded(TextEncoder(data_folder() / "minilm"), captions, TOKENS).tensors()
         write_atomically(path, save({name: _half(array) for name, array in tensors.items()}))
     states = {name: torch.from_numpy(array) for name, array in load_file(path).items()}
     if len(states["prompt_embeds"]) != len(captions):
