@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from hcompress.errors import InputError, ModelError
 from hcompress.models.loading import Model, fetch_text_encoder, is_hub_id, load_model
-from hcompress.models.prompts import FILE, scored
+from hcompress.models.prompts import ENCODED, FILE, scored
 from hcompress.text_encoder import Encoded, TextEncoder
 from hcompress.zoo import data_folder
 from hcompress_runtime.conditions import Input
@@ -44,12 +44,17 @@ def encode_for(
     device, dtype: where the encoder runs, in float32, and what its states are stored in
     on_batch:      told how many prompts are done
 
-    Raises InputError for a model that takes no text, an encoder of another width and a prompt that is too long;
-    ModelError where there is no encoder.
+    Raises InputError for a model that takes no text, or more than states and mask, for an encoder of another width and
+    for a prompt that is too long; ModelError where there is no encoder.
     """
     inputs, name, folder = _open(source)
     if "prompt_embeds" not in inputs:
         raise InputError(f"{source} takes no text; it is conditioned on {', '.join(inputs)}")
+    if more := {name for name in inputs if name.endswith("prompt_embeds")} - ENCODED:
+        raise InputError(
+            f"{source} takes {' and '.join(more)} too, of several text encoders: write the file from what diffusers' "
+            "encode_prompt gives, see export/FORMAT.md"
+        )
     tokens, width = inputs["prompt_embeds"].shape
     reader = TextEncoder(encoder or _encoder_of(name, folder), device)
     if reader.width != width:

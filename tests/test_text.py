@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, make_pixart
+from conftest import make_dit, make_pixart, make_sd3
 from diffusers import DPMSolverMultistepScheduler
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, T5Config, T5EncoderModel
+from transformers.utils import logging
 
 from hcompress.errors import InputError
 from hcompress.models.loading import load_model
@@ -29,6 +30,7 @@ WIDTH = 10  # of conftest's PixArt, which reads 5 tokens
 def save_encoder(folder: Path, tokenizer: Path | None = None, *, width: int = WIDTH, t5: bool = False) -> Path:
     """A random encoder in `folder`, its tokenizer beside it unless `tokenizer` says where."""
     torch.manual_seed(0)
+    logging.disable_progress_bar()  # of saving: it would be among what a command is expected to print
     if t5:
         small = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
         T5EncoderModel(T5Config(vocab_size=len(WORDS), **small)).save_pretrained(folder)
@@ -142,7 +144,8 @@ def test_captions_become_what_a_model_trains_on(hcompress: Any, model: Path, tmp
 def test_what_does_not_fit_is_one_line(hcompress: Any, model: Path, encoder: Path, tmp_path: Path) -> None:
     make_dit().network.save_pretrained(tmp_path / "dit" / "transformer")
     make_pixart().network.save_pretrained(tmp_path / "bare" / "transformer")
-    for name in ("dit", "bare"):
+    make_sd3().network.save_pretrained(tmp_path / "sd3" / "transformer")
+    for name in ("dit", "bare", "sd3"):
         DPMSolverMultistepScheduler().save_pretrained(tmp_path / name / "scheduler")
     wide = save_encoder(tmp_path / "wide", width=12)
     (tmp_path / "broken").mkdir()
@@ -151,6 +154,7 @@ def test_what_does_not_fit_is_one_line(hcompress: Any, model: Path, encoder: Pat
     empty.write_text(" \n")
     for arguments, line in (
         ((tmp_path / "dit", "red"), "takes no text; it is conditioned on labels"),
+        ((tmp_path / "sd3", "red"), "takes pooled_prompt_embeds too, of several text encoders"),
         ((tmp_path / "bare", "red"), "comes without a text encoder; pass one as --encoder FOLDER"),
         ((tmp_path / "bare", "red", "--encoder", tmp_path), "no text encoder in"),
         ((tmp_path / "bare", "red", "--encoder", tmp_path / "broken"), "cannot be loaded"),
