@@ -166,6 +166,7 @@ def _samples(
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
     said = {"model": model, "solver": solver, "steps": steps, "cfg": setting.cfg, "reuse": loaded and loaded.reuse}
+    said["order"] = loaded and loaded.order
     return said | measure(
         setting,
         loaded,
