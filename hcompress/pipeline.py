@@ -130,6 +130,8 @@ class _Cached:
         """Take the place of the network's forward and the scheduler's scaling."""
         # A module that accelerate moves between devices has its hook as forward, which calls _old_forward.
         method = "_old_forward" if hasattr(self.network, "_hf_hook") else "forward"
+        # `forward` itself stays in Python, functions that it calls would not.
+        self.store, self.terms_of = torch.compiler.disable(store), torch.compiler.disable(terms_of)
         self.undo = [
             _replace(self.network, method, torch.compiler.disable(self.forward, recursive=False)),
             _replace(self.scheduler, "scale_model_input", self.scale_model_input),
@@ -179,13 +181,13 @@ class _Cached:
         call, self.next = self.next, None
         if call == 0:
             calls, at = self.schedule.num_calls, (hidden_states.device, hidden_states.dtype)
-            self.terms = terms_of(self.schedule.corrections, calls, *at)
+            self.terms = self.terms_of(self.schedule.corrections, calls, *at)
         terms = self.terms[call]
         reused = {branch: self.slots[branch] for branch in np.flatnonzero(~self.schedule.compute[call]).tolist()}
         older = {branch: self.older[branch][:depth] for branch, depth in enumerate(self.depths[call]) if depth}
         output, filled = self.calls[call](hidden_states, timestep, class_labels, reused, older, terms)
         for branch, value in filled.items():
-            store(self.slots, branch, value, self.older, self.deepest[branch])
+            self.store(self.slots, branch, value, self.older, self.deepest[branch])
         if call == self.schedule.num_calls - 1:
             self.slots, self.older, self.terms = {}, {}, []
         self.done = call

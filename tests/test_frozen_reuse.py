@@ -259,6 +259,21 @@ def test_any_mask_and_any_corrections_equal_the_reference_sampler(
         assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(len(LABELS))
 
 
+@pytest.mark.parametrize(("layout", "widen"), [("switch", False), ("embedded", True)])
+def test_calls_that_share_a_graph_may_have_neither_p_nor_q(
+    tiny_dit: Adapter, traced: ir.Model, tmp_path: Path, layout: str, widen: bool
+) -> None:
+    """Branch 0 looks at q at call 4; at call 1, of the same graph, there is c alone."""
+    mask = np.ones((CALLS, 4), bool)
+    mask[[1, 4], 0] = False
+    corrections = random_corrections(mask, tiny_dit.graph.widths, depth=0)
+    corrections.e[0][4] = 0.3
+    options = {"layout": layout, "corrections": corrections, "traced": traced, "widen": widen}
+    with Runtime(export(tmp_path / "b", tiny_dit, mask, **options).path, threads=1) as runtime:
+        assert runtime.bundle.graphs[1] == runtime.bundle.graphs[4]
+        assert parity(tiny_dit, runtime, LABELS, mask, corrections).max() <= CLOSE
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_dit: Adapter, traced: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Of the tiny model, weights as inputs. Do not change its files; copy them."""
@@ -441,13 +456,21 @@ def test_a_schedule_whose_corrections_are_broken_runs_under_another_rule(
         assert hcompress("export", model, "--schedule", file, "--dry-run", "--reuse", rule)[0] == 0
 
 
-@pytest.mark.parametrize("dtype", ["float16"])
-def test_what_is_exported_with_another_rule_is_verified_with_it(tiny_run: Path, tmp_path: Path, dtype: str) -> None:
-    command = ["export", str(tiny_run), "--reuse", "taylor", "--dtype", dtype, "--out", str(tmp_path / "b"), "--json"]
+@pytest.mark.parametrize(("dtype", "order"), [("float16", 1), ("float16", 2), ("float32", 2)])
+def test_what_is_exported_with_another_rule_is_verified_with_it(
+    tiny_run: Path, tmp_path: Path, dtype: str, order: int
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    if order == 2:  # of which the rule is the schedule's own
+        schedule, widths = Schedule.load(run), open_source(str(run), None, dense=True)[0].adapter.graph.widths
+        compute = np.array([[1] * 4, [1, 1, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0], [0, 1, 1, 0]], bool)
+        replace(schedule, compute=compute, corrections=taylor(compute, widths, 2)).save(run / "schedule.safetensors")
+    command = ["export", str(run), "--reuse", "taylor", "--dtype", dtype, "--out", str(tmp_path / "b"), "--json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert 0 < max(json.loads(done.stdout)["parity"]) <= TOLERANCE[dtype]
-    assert Schedule.load(tmp_path / "b" / SCHEDULE).reuse == "taylor"
+    exported = Schedule.load(tmp_path / "b" / SCHEDULE)
+    assert (exported.reuse, exported.order) == ("taylor", order)
     (proof, *_) = prove_all(tmp_path / "b", samples=2)
     assert proof.holds and proof.worst <= TOLERANCE[dtype]
     assert open_bundle(tmp_path / "b").manifest["format"] == FORMATS[1]

@@ -27,7 +27,7 @@ from hcompress_runtime.plan import Plan, before
 def correct(graph: ir.Graph, c: ir.Value, branch: str, corrects: Collection[str]) -> tuple[ir.Value, list[ir.Node]]:
     """The corrected value of `branch`, like `c` [rows tokens, D], and the nodes that make it, in order.
 
-    They are in no graph yet. `graph` is given as inputs the vectors and, where `corrects` names them, p's and q's slots.
+    They are in no graph yet. `graph` is given as inputs the vectors and, where `corrects` names them, p and q.
     """
     if c.shape is None or not isinstance(width := c.shape[-1], int):
         raise AssertionError(f"{c.name} has no width")
