@@ -94,7 +94,7 @@ def _plan(graph: BranchGraph, compute: Mask, corrects: Mask, depth: Depth, widen
 
 
 def _holds(compute: Mask, depth: Depth) -> tuple[Mask, Mask]:
-    """Where p's slot holds a value, and where q's: this call or a later one looks at it, as q maybe though it is p."""
+    """Where p's slot holds something, and where q's: what this or a later call looks at, p as it is or as q by then."""
     holds_p, holds_q = depth >= 1, depth == 2
     for t in reversed(range(len(compute) - 1)):
         same = ~compute[t + 1]  # p and q of the next call are those of this one

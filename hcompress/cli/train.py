@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hcompress.schedule import Schedule
 
 SAID = ("reuse", "order", "start", "fallbacks", "degenerate_channels", "alpha", "images_used", "images_skipped")
-"""Of a schedule's history."""
+"""What is told of a schedule's history, as far as it has it."""
 
 
 def train(
