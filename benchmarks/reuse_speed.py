@@ -48,7 +48,8 @@ def fitted(compute: NDArray[np.bool_], widths: tuple[int, ...], *, older: bool) 
             for n, width in enumerate(widths)
         )
 
-    return Corrections("corrected", term(~compute), term(history(compute) & older), term(~compute))
+    nowhere = np.zeros_like(compute)
+    return Corrections("corrected", term(~compute), term(history(compute) & older), term(~compute), term(nowhere))
 
 
 def variants(schedule: Schedule, widths: tuple[int, ...]) -> dict[str, Schedule | None]:

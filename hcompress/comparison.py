@@ -351,7 +351,8 @@ def _name_of(recipe: Run) -> str:
     section = _section(recipe)
     reuse, proxy = getattr(section, "reuse", "plain"), getattr(section, "proxy", None)
     parts = [NAMES.get(section.method, section.method), getattr(section, "resolved_format", "")]
-    name = " ".join(filter(None, [*parts, "" if reuse == "plain" else reuse]))
+    order = "order 2" if getattr(section, "order", 1) == 2 else ""
+    name = " ".join(filter(None, [*parts, "" if reuse == "plain" else reuse, order]))
     return f"{name}, {proxy}" if proxy == OURS else name
 
 

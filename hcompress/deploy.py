@@ -239,7 +239,7 @@ def _remasked(schedule: Schedule, merged: NDArray[np.bool_], graph: BranchGraph,
             "fitted on what it computes itself; leave --max-graphs out, or pass --reuse taylor or plain"
         )
     if corrections is not None and added:
-        corrections = taylor(merged, graph.widths)
+        corrections = taylor(merged, graph.widths, corrections.order)
     method = schedule.method | {"max_graphs": max_graphs}
     return replace(schedule, compute=merged, method=method, logits=None, corrections=corrections)
 

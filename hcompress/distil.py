@@ -110,7 +110,7 @@ def distil(
     refresh = Distillation(teacher, own, replace(walk, compute=compute), shorter)
     _finish(resumed(run, "refresh", refresh, refresh.run()), "refresh", refresh.trajectories, report)
     adapter = refresh.finish()
-    method = caching.model_dump(exclude_none=True) | {
+    method = caching.model_dump(exclude_none=True, exclude={"order"}) | {
         "name": caching.method,
         "relearn": settings.relearn,
         "teacher": settings.teacher,

@@ -39,16 +39,17 @@ from torch import Tensor, nn
 from hcompress.adapter import Adapter, config_hash, weight_hash
 from hcompress.errors import ModelError, ScheduleError
 from hcompress.models.dit import DiT
-from hcompress.sampling import Terms, hard_route, terms_of
+from hcompress.sampling import Older, Slots, Terms, hard_route, store, terms_of
 from hcompress.schedule import Identity, Schedule
 from hcompress.solver import Scheduler, solver_identity
 
 Pipeline: TypeAlias = Any  # a diffusers DiTPipeline; diffusers ships no types
 
 Known = Mapping[int, Tensor]
-Call = Callable[[Tensor, Tensor, Tensor, Known, Known, Mapping[int, Terms]], tuple[Tensor, dict[int, Tensor]]]
-"""(x [R, C, H, W], timesteps [R], labels [R], the slots it reuses, those of them from the time before, and their
-corrections) -> (network output, the slots it fills)."""
+Before = Mapping[int, tuple[Tensor, ...]]
+Call = Callable[[Tensor, Tensor, Tensor, Known, Before, Mapping[int, Terms]], tuple[Tensor, dict[int, Tensor]]]
+"""(x [R, C, H, W], timesteps [R], labels [R], the slots it reuses, what corrections of them look at from the times
+before, and these corrections) -> (network output, the slots it fills)."""
 
 _APPLIED = "_hcompress"  # where a pipeline, its network and its scheduler hold the _Cached that they run under
 
@@ -90,7 +91,7 @@ class _Cached:
     next:  the call that the scheduler has announced and the network has not made yet
     done:  the call made last
     slots: what the branches that are reused anywhere in the schedule computed last
-    older: what those of them that a correction continues computed before that
+    older: what those of them that a correction continues computed before that, as far as any looks
     terms: the corrections of each call
     """
 
@@ -111,23 +112,26 @@ class _Cached:
 
         kept = set(np.flatnonzero(~schedule.compute.all(axis=0)).tolist())
         corrections, plain = schedule.corrections, np.zeros_like(schedule.compute)
-        changed, continued = (corrections.changes, corrections.uses_older) if corrections else (plain, plain)
-        keys = [b"".join(map(bytes, rows)) for rows in zip(schedule.compute, changed, continued, strict=True)]
+        changed, depth = (corrections.changes, corrections.depth) if corrections else (plain, plain.astype(int))
+        keys = [b"".join(map(bytes, rows)) for rows in zip(schedule.compute, changed, depth, strict=True)]
         functions: dict[bytes, Call] = {}
         for key, row in zip(keys, schedule.compute, strict=True):
             functions.setdefault(key, _call(self.adapter, row, kept, name=f"row_{len(functions)}"))
         self.calls = [functions[key] for key in keys]
-        self.continues = set(np.flatnonzero(continued.any(axis=0)).tolist())
+        self.depths: list[list[int]] = depth.tolist()  # of each call and branch
+        self.deepest: list[int] = depth.max(axis=0).tolist()
         self.next: int | None = None
         self.done = -1
-        self.slots: dict[int, Tensor] = {}
-        self.older: dict[int, Tensor] = {}
+        self.slots: Slots = {}
+        self.older: Older = {}
         self.terms: list[dict[int, Terms]] = []
 
     def install(self) -> None:
         """Take the place of the network's forward and the scheduler's scaling."""
         # A module that accelerate moves between devices has its hook as forward, which calls _old_forward.
         method = "_old_forward" if hasattr(self.network, "_hf_hook") else "forward"
+        # `forward` itself stays in Python, functions that it calls would not.
+        self.store, self.terms_of = torch.compiler.disable(store), torch.compiler.disable(terms_of)
         self.undo = [
             _replace(self.network, method, torch.compiler.disable(self.forward, recursive=False)),
             _replace(self.scheduler, "scale_model_input", self.scale_model_input),
@@ -177,13 +181,13 @@ class _Cached:
         call, self.next = self.next, None
         if call == 0:
             calls, at = self.schedule.num_calls, (hidden_states.device, hidden_states.dtype)
-            self.terms = terms_of(self.schedule.corrections, calls, *at)
+            self.terms = self.terms_of(self.schedule.corrections, calls, *at)
         terms = self.terms[call]
         reused = {branch: self.slots[branch] for branch in np.flatnonzero(~self.schedule.compute[call]).tolist()}
-        older = {branch: self.older[branch] for branch in terms if terms[branch].d is not None}
+        older = {branch: self.older[branch][:depth] for branch, depth in enumerate(self.depths[call]) if depth}
         output, filled = self.calls[call](hidden_states, timestep, class_labels, reused, older, terms)
-        self.older |= {branch: self.slots[branch] for branch in self.continues & filled.keys() & self.slots.keys()}
-        self.slots = self.slots | filled
+        for branch, value in filled.items():
+            self.store(self.slots, branch, value, self.older, self.deepest[branch])
         if call == self.schedule.num_calls - 1:
             self.slots, self.older, self.terms = {}, {}, []
         self.done = call
@@ -201,7 +205,7 @@ def _call(adapter: Adapter, compute: NDArray[np.bool_], kept: Set[int], name: st
     filled = [branch for branch in np.flatnonzero(compute).tolist() if branch in kept]
 
     def call(
-        x: Tensor, timesteps: Tensor, labels: Tensor, known: Known, before: Known, terms: Mapping[int, Terms]
+        x: Tensor, timesteps: Tensor, labels: Tensor, known: Known, before: Before, terms: Mapping[int, Terms]
     ) -> tuple[Tensor, Any]:
         slots, older = dict(known), dict(before)
         constants = adapter.step_constants(timesteps)

@@ -27,10 +27,12 @@ from hcompress_runtime.noise import gaussian
 from hcompress_runtime.table import SolverTable
 
 Slots = MutableMapping[int, Tensor]
-"""Branch index -> what it computed last, [R, *Branch.shape], before the gate: c of hcompress.corrections.
+"""Branch index -> what it computed last, [R, *Branch.shape], before the gate: c of hcompress.corrections."""
 
-Where a correction asks for what was computed before that, p, a second such mapping holds it (`older`). Neither ever
-holds a corrected value.
+Older = MutableMapping[int, tuple[Tensor, ...]]
+"""Branch index -> what it computed before that, latest first: (p,) or (p, q), as far as corrections ask for it.
+
+Neither ever holds a corrected value.
 """
 
 
@@ -40,20 +42,32 @@ class Terms(NamedTuple):
     a: Tensor | None
     d: Tensor | None
     b: Tensor | None
+    e: Tensor | None
 
 
 NOTHING: Mapping[int, Terms] = MappingProxyType({})  # corrected at a call of plain reuse
 
 
-def corrected(c: Tensor, p: Tensor | None, terms: Terms) -> Tensor:
-    """v = c + a c + d (c - p) + b for c and p [R, L, D]; p may be absent where d is zero."""
+def corrected(c: Tensor, older: Sequence[Tensor], terms: Terms) -> Tensor:
+    """v = c + a c + d (c - p) + e (p - q) + b for c and `older`, (p, q), [R, L, D] each.
+
+    Of p and q only those have to be there that a term looks at: Corrections.check_fits sees to it.
+    """
     v = c
     if terms.a is not None:
         v = v + terms.a * c
     if terms.d is not None:
-        assert p is not None  # Corrections.check_fits
-        v = v + terms.d * (c - p)
+        v = v + terms.d * (c - older[0])
+    if terms.e is not None:
+        v = v + terms.e * (older[0] - older[1])
     return v if terms.b is None else v + terms.b
+
+
+def store(slots: Slots, branch: int, value: Tensor, older: Older | None, depth: int) -> None:
+    """Make `value` what `branch` computed last; `older`, where it is given, keeps `depth` of those before it."""
+    if older is not None and branch in slots:
+        older[branch] = (slots[branch], *older.get(branch, ()))[:depth]
+    slots[branch] = value
 
 
 def terms_of(
@@ -63,27 +77,29 @@ def terms_of(
     every: list[dict[int, Terms]] = [{} for _ in range(num_calls)]
     if corrections is not None:
         for call, branch in np.argwhere(corrections.changes).tolist():
-            rows = (vectors[branch][call] for vectors in (corrections.a, corrections.d, corrections.b))
+            rows = (vectors[branch][call] for vectors in corrections.terms)
             terms = [torch.from_numpy(row).to(device, dtype) if row.any() else None for row in rows]
             every[call][branch] = Terms(*terms)
     return every
 
 
 def hard_route(
-    compute: NDArray[np.bool_], slots: Slots, terms: Mapping[int, Terms] = NOTHING, older: Slots | None = None
+    compute: NDArray[np.bool_],
+    slots: Slots,
+    terms: Mapping[int, Terms] = NOTHING,
+    older: Older | None = None,
+    depth: int = 1,
 ) -> Route:
     """Compute-or-reuse for one model call. compute: bool[N]. HarmoniCa's inference rule, and its correction.
 
-    terms: of the branches that are corrected at this call; older: filled where it is given
+    terms: of the branches that are corrected at this call; older: filled `depth` deep where it is given, see `store`
     """
 
     def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
         if compute[branch]:
-            if older is not None and branch in slots:
-                older[branch] = slots[branch]
-            slots[branch] = evaluate()
+            store(slots, branch, evaluate(), older, depth)
         elif branch in terms:
-            return corrected(slots[branch], older.get(branch) if older is not None else None, terms[branch])
+            return corrected(slots[branch], older.get(branch, ()) if older is not None else (), terms[branch])
         return slots[branch]
 
     return route
@@ -189,12 +205,13 @@ def trajectory(
     """(x, guided output, slots) of each of the T calls; x and output [B, C, H, W], slots one dict for all calls."""
     channels = adapter.sample_shape[0]
     slots: dict[int, Tensor] = {}
-    older: dict[int, Tensor] | None = {} if corrections is not None and corrections.uses_older.any() else None
+    depth = 0 if corrections is None else int(corrections.depth.max())
+    older: Older = {}
     terms = terms_of(corrections, table.num_calls, adapter.device, adapter.dtype)
     outputs: list[Tensor] = []
     for call, constants in enumerate(constants_of(adapter, table)):
         x = table.combine(call, start, outputs, noises)
-        route = compute_all if compute is None else hard_route(compute[call], slots, terms[call], older)
+        route = compute_all if compute is None else hard_route(compute[call], slots, terms[call], older, depth)
         raw = adapter.guided(x, condition, constants, cfg, route)
         outputs.append(solver_output(raw, constants, table.noise_of(call, noises), channels))
         yield x, outputs[-1], slots

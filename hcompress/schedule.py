@@ -124,12 +124,17 @@ class Schedule:
         return self.corrections.rule if self.corrections else "plain"
 
     @property
+    def order(self) -> int:
+        """How many computed values but the last its corrections look at, at most: 1 or 2; 1 under plain reuse."""
+        return self.corrections.order if self.corrections else 1
+
+    @property
     def fallbacks(self) -> int:
-        """How many reused entries have less than their rule asks for, such as no p; 0 under plain reuse."""
+        """How many reused entries have less than rule and order ask for, such as no p; 0 under plain reuse."""
         return self.corrections.fallbacks(self.compute) if self.corrections else 0
 
     def reusing(self, rule: str | None, graph: BranchGraph) -> Schedule:
-        """The same mask under another rule; None leaves the schedule as it is.
+        """The same mask under another rule, `taylor` of order 1; None, or its own rule, leaves the schedule as it is.
 
         Raises ScheduleError for `corrected` where nothing was fitted: that takes the model, see hcompress.caching.
         """
@@ -244,7 +249,9 @@ class Schedule:
                 isinstance(name, str) for name in described["names"]
             ):
                 raise TypeError("its method or names")
-            rule = None if reuse in ("plain", "taylor") else described.get("reuse")
+            rule = described.get("reuse")
+            if reuse in {"plain", "taylor"} - {rule}:
+                rule = None
             return Schedule(
                 compute=tensors["compute"],
                 names=tuple(described["names"]),

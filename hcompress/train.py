@@ -147,7 +147,7 @@ def problem_of(
 
 def _schedule(recipe: Recipe, setting: Setting, found: Found, corrected: Corrected) -> Schedule:
     """What was found, with its history."""
-    graph, settings = setting.adapter.graph, recipe.caching.model_dump(exclude_none=True)
+    graph, settings = setting.adapter.graph, recipe.caching.model_dump(exclude_none=True, exclude={"order"})
     history = {
         **settings,
         "name": recipe.caching.method,

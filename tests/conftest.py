@@ -222,10 +222,11 @@ def random_mask(calls: int, branches: int, *, reuse: float = 0.5, seed: int = 0)
     return mask
 
 
-def random_corrections(mask: np.ndarray, widths: tuple[int, ...], *, seed: int = 0, older: bool = True) -> Corrections:
+def random_corrections(mask: np.ndarray, widths: tuple[int, ...], *, seed: int = 0, depth: int = 2) -> Corrections:
     """Of a mask: of what is reused a quarter yields its slot as it is, the rest is corrected, half of that by p too.
 
-    older: whether p is looked at anywhere. Vectors are small, so samples stay of the order of 1.
+    depth: how many values before the last are looked at anywhere: with 2 a quarter of all is corrected by q, some of it
+           without p's own term. Vectors are small, so samples stay of the order of 1.
     """
     from hcompress.corrections import Corrections, history
 
@@ -236,8 +237,9 @@ def random_corrections(mask: np.ndarray, widths: tuple[int, ...], *, seed: int =
         rows = [random.uniform(-size, size, (len(mask), width)).astype(np.float32) for width in widths]
         return tuple(row * where[:, [n]] for n, row in enumerate(rows))
 
-    some, by_p = ~mask & (kind > 0.25), history(mask) & (kind > 0.6) & older
-    return Corrections("corrected", term(some, 0.3), term(by_p, 0.8), term(some, 0.2))
+    some, by_p = ~mask & (kind > 0.25), history(mask) & (kind > 0.6) & (depth > 0)
+    by_q = history(mask, 2) & (kind > 0.5) & (kind < 0.75) & (depth > 1)
+    return Corrections("corrected", term(some, 0.3), term(by_p, 0.8), term(some, 0.2), term(by_q, 0.5))
 
 
 @dataclass(frozen=True)

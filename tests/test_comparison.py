@@ -213,6 +213,13 @@ def test_only_what_the_paper_does_has_the_plain_name_of_its_method():
         assert cells_of(Comparison(recipes=[entry], seeds=[0]))[0][1].name == name
 
 
+def test_rows_of_corrected_reuse_say_their_rule_and_order_2():
+    names = {("plain", 1): "FORA", ("taylor", 1): "FORA taylor", ("taylor", 2): "FORA taylor order 2"}
+    for (reuse, order), name in (names | {("corrected", 2): "FORA corrected order 2"}).items():
+        entry = Entry(recipe=RULE, set={"caching.reuse": reuse, "caching.order": order})
+        assert cells_of(Comparison(recipes=[entry], seeds=[0]))[0][1].name == name
+
+
 REFUSED = {
     "recipes: []\n": r"recipes = \[\]",
     "recipes: [absent]\n": "no recipe 'absent'",

@@ -15,7 +15,7 @@ from test_all_methods import QUICK, USUAL
 from test_all_quantizers import case as quantized_case
 
 from hcompress.caching import CACHING
-from hcompress.caching.correct import MEASURED, RIDGE, correct, fit, solve
+from hcompress.caching.correct import MEASURED, RIDGE, correct, fit, solve, taylor_terms
 from hcompress.caching.problem import OneProcess, Problem
 from hcompress.caching.rules import interval
 from hcompress.caching.settings import IntervalSettings
@@ -24,7 +24,7 @@ from hcompress.corrections import history, taylor
 from hcompress.errors import ModelError, RecipeError
 from hcompress.recipe import resolve
 from hcompress.rundir import RunDir
-from hcompress.sampling import corrected, sample
+from hcompress.sampling import Terms, corrected, sample, terms_of
 from hcompress.schedule import Schedule
 from hcompress.setting import open_finished
 from hcompress.train import train
@@ -38,59 +38,72 @@ FAMILIES = {
     "uvit": (make_uvit, "dpm++"),
 }
 SAMPLES = 8
+ORDERS, NO_TERMS = [1, 2], Terms(None, None, None, None)
 
 
-def drawn(width: int, *, p: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+def every(order: int) -> int:
+    """An interval under which 6 calls have an entry with as many older values."""
+    return 4 - order
+
+
+def drawn(width: int, *, depth: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """c, and of p and q the first `depth`."""
     generator = torch.Generator().manual_seed(width)
-    c, older = (torch.randn(6, 4, width, generator=generator) + 0.5 for _ in range(2))
-    return c, c + 0.1 * older if p else None
+    c, first, second = (torch.randn(6, 4, width, generator=generator) + 0.5 for _ in range(3))
+    return c, [c + 0.1 * first, c + 0.1 * first - 0.1 * second][:depth]
 
 
-@pytest.mark.parametrize("p", [True, False])
-def test_a_fit_is_ridge_least_squares_channel_by_channel(p: bool) -> None:
-    c, older = drawn(5, p=p)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_fit_is_ridge_least_squares_channel_by_channel(depth: int) -> None:
+    c, older = drawn(5, depth=depth)
     true = c * 1.3 + torch.randn(c.shape, generator=torch.Generator().manual_seed(1))
     terms, degenerate = solve(true, c, older, OneProcess())
     for channel in range(5):
-        columns = [c, *([c - older] if p else []), torch.ones_like(c)]
+        columns = [c, *(one - other for one, other in zip([c, *older], older, strict=False)), torch.ones_like(c)]
         x = torch.stack([column[..., channel].flatten() for column in columns], dim=1).double().numpy()
         y = (true - c)[..., channel].flatten().double().numpy()
         gram = x.T @ x / len(x)
         want = np.linalg.solve(gram + RIDGE * np.diag(np.diag(gram)), x.T @ y / len(x))
-        got = [float(term[channel]) for term in terms if term is not None]
+        got = [float(term[channel]) for term in (terms.a, terms.d, terms.e, terms.b) if term is not None]
         # sums over 24 float32 products: a few rounding errors of 6e-8, times the condition of a ridge of 1e-3
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
-    assert degenerate == 0 and (terms.d is None) != p
+    assert degenerate == 0 and (terms.d is None) == (depth < 1) and (terms.e is None) == (depth < 2)
 
 
 def test_a_drift_that_follows_the_rule_is_found() -> None:
-    c, p = drawn(3)
+    c, (p, q) = drawn(3)
     a, d, b = torch.tensor([0.1, 0.0, -0.2]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.0, 0.3, -0.1])
-    true = c + a * c + d * (c - p) + b
-    terms, _ = solve(true, c, p, OneProcess())
-    left = (corrected(c, p, terms) - true).square().mean()
+    true = c + a * c + d * (c - p) + torch.tensor([-0.5, 0.0, 1.0]) * (p - q) + b
+    terms, _ = solve(true, c, (p, q), OneProcess())
+    left = (corrected(c, (p, q), terms) - true).square().mean()
     assert left <= (2 * RIDGE) ** 2 * 10 * (true - c).square().mean()  # a ridge shrinks by RIDGE times the condition
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_degenerate_channel_falls_to_plain_and_is_counted(value: float) -> None:
-    c, p = drawn(4)
-    c[..., 2], p[..., 2] = value, value
-    terms, degenerate = solve(c * 1.1, c, p, OneProcess())
+    c, older = drawn(4)
+    for one in (c, *older):
+        one[..., 2] = value
+    terms, degenerate = solve(c * 1.1, c, older, OneProcess())
     assert degenerate == 1
     for term in terms:
         assert term[2] == 0 and term.isfinite().all() and (term[[0, 1, 3]] != 0).all()
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("make", "solver"), FAMILIES.values(), ids=FAMILIES)
-def test_on_every_family_corrected_samples_are_nearer_to_the_dense_ones_than_plain_ones(make, solver: str) -> None:
+def test_on_every_family_corrected_samples_are_nearer_to_the_dense_ones_than_plain_ones(
+    make, solver: str, order: int
+) -> None:
     problem = make_problem(make(), solver=solver)
-    compute = interval(*problem.shape, every=3)
-    fitted = fit(problem, compute, SAMPLES)
+    compute = interval(*problem.shape, every=every(order))
+    fitted = fit(problem, compute, SAMPLES, order)
     assert fitted.degenerate == 0
     corrections = fitted.corrections(problem.adapter.graph.widths)
     corrections.check_fits(compute, problem.adapter.graph.names)
-    assert (corrections.uses_older == history(compute)).all() and (corrections.changes == ~compute).all()
+    assert corrections.order == order and (corrections.changes == ~compute).all()
+    depth = history(compute).astype(int) + (history(compute, 2) & (order == 2))
+    assert (corrections.depth == depth).all()
     condition, start, noises = problem.draw(0, SAMPLES)  # not those that it was fitted on
     run = {"cfg": CFG, "noises": noises}
     dense, plain, better = (
@@ -100,25 +113,31 @@ def test_on_every_family_corrected_samples_are_nearer_to_the_dense_ones_than_pla
     assert (better - dense).square().mean() < (plain - dense).square().mean()
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("make", "solver"), FAMILIES.values(), ids=FAMILIES)
-def test_tuning_brings_samples_nearer_and_leaves_all_else_alone(make, solver: str) -> None:
+def test_tuning_brings_samples_nearer_and_leaves_all_else_alone(make, solver: str, order: int) -> None:
+    """From order 1 also to order 2."""
     problem = make_problem(make(), solver=solver)
-    compute = interval(*problem.shape, every=3)
+    compute = interval(*problem.shape, every=every(order))
     start = replace(taylor(compute, problem.adapter.graph.widths), rule="corrected")
-    tuned = tune(problem, compute, start, 3)
+    tuned = tune(problem, compute, start, 3, order)
     tuned.check_fits(compute, problem.adapter.graph.names)
-    assert problem.score_db(compute, tuned) > problem.score_db(compute, start)
-    assert tune(problem, compute, start, 3).fingerprint == tuned.fingerprint
+    assert tuned.order == order and problem.score_db(compute, tuned) > problem.score_db(compute, start)
+    assert tune(problem, compute, start, 3, order).fingerprint == tuned.fingerprint
     assert not any(parameter.requires_grad for parameter in problem.adapter.network.parameters())
 
 
-def test_a_fit_everywhere_goes_the_same_way(tiny_dit) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_fit_everywhere_goes_the_same_way(order: int, tiny_dit) -> None:
     """What is computed is fitted too, and only looked at: the reused entries get the vectors that they get alone."""
-    problem, compute = make_problem(tiny_dit), random_mask(6, 4, seed=1)
-    alone, everywhere = (fit(problem, compute, SAMPLES, everywhere=flag) for flag in (False, True))
+    problem, compute = make_problem(tiny_dit), random_mask(6, 4, reuse=0.4, seed=1)
+    assert history(compute, 2).any()
+    alone, everywhere = (fit(problem, compute, SAMPLES, order, everywhere=flag) for flag in (False, True))
     for call in range(6):
         assert sorted(everywhere.terms[call]) == ([0, 1, 2, 3] if call else [])
         assert sorted(alone.terms[call]) == np.flatnonzero(~compute[call]).tolist()
+        by_q = [branch for branch, terms in alone.terms[call].items() if terms.e is not None]
+        assert sorted(by_q) == (np.flatnonzero(history(compute, 2)[call]).tolist() if order == 2 else [])
         for branch, terms in alone.terms[call].items():
             for one, other in zip(terms, everywhere.terms[call][branch], strict=True):
                 assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
@@ -191,21 +210,58 @@ def test_the_model_may_be_in_a_half(tiny_dit) -> None:
 
 @pytest.mark.parametrize("name", ["harmonica", "learning-to-cache", "uniform", "interval"])
 @pytest.mark.parametrize("reuse", ["taylor", "corrected"])
-def test_a_method_runs_under_every_rule_and_plain_is_its_default(name: str, reuse: str, skipping_dit) -> None:
-    settings = USUAL[name] | {"reuse": reuse, "fit_samples": SAMPLES, "fit_steps": 2}
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_method_runs_under_every_rule_and_plain_is_its_default(
+    name: str, reuse: str, order: int, skipping_dit
+) -> None:
+    settings = USUAL[name] | {"reuse": reuse, "order": order, "fit_samples": SAMPLES, "fit_steps": 2}
     method = make_method(name, skipping_dit, settings)
     for _ in method.run():
         pass
     compute = method.found().compute
-    rule = IntervalSettings(every=2, reuse=reuse, fit_samples=SAMPLES, fit_steps=0)
+    rule = IntervalSettings(every=2, reuse=reuse, order=order, fit_samples=SAMPLES, fit_steps=0)
     found = correct(make_problem(skipping_dit), compute, rule)
     assert found.corrections is not None and found.corrections.rule == reuse
+    assert found.corrections.order == found.history.get("order", 1) <= order
+    if reuse == "taylor":
+        assert found.corrections.fingerprint == taylor(compute, skipping_dit.graph.widths, order).fingerprint
     assert found.history["fallbacks"] == found.corrections.fallbacks(compute)
     assert CACHING[name] and IntervalSettings(every=2).reuse == "plain"
 
 
-@pytest.mark.parametrize("proxy", ["leave_one_out", "cumulative", "sensitivity"])
-def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, skipping_dit) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_students_taylor_terms_are_those_of_a_schedule(order: int) -> None:
+    """Where an entry is reused; elsewhere they are what it would have, were it reused."""
+    compute = random_mask(8, 3, reuse=0.4, seed=2)
+    whole = taylor_terms(compute, order, torch.device("cpu"), torch.float32)
+    fixed = terms_of(taylor(compute, (1, 1, 1), order), 8, torch.device("cpu"), torch.float32)
+    for call, branch in np.argwhere(~compute).tolist():
+        for ours, theirs in zip(whole[call].get(branch, NO_TERMS), fixed[call].get(branch, NO_TERMS), strict=True):
+            assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+    alone = compute.copy()
+    call, branch = np.argwhere(compute & (np.cumsum(compute, axis=0) == 4))[0]
+    alone[call, branch] = False
+    one, other = whole[call][branch], terms_of(taylor(alone, (1, 1, 1), order), 8, torch.device("cpu"), torch.float32)
+    assert torch.equal(one.d, other[call][branch].d) and (one.e is None) == (order == 1)
+
+
+@pytest.mark.parametrize("reuse", ["taylor", "corrected"])
+def test_a_router_that_learns_by_q_learns_something_else(reuse: str, skipping_dit) -> None:
+    """Until a branch has been computed three times both orders are one; a router that computes all has them soon."""
+    settings = QUICK | {"beta": 1e-3, "trajectories": 2, "refresh": 12, "fit_samples": SAMPLES, "reuse": reuse}
+    learned = []
+    for order in ORDERS:
+        method = make_method("harmonica", skipping_dit, settings | {"order": order, "proxy": "none"})
+        for _ in method.run():
+            pass
+        learned.append(method.found().logits)
+    assert (learned[0][:3] == learned[1][:3]).all() and (learned[0][3:] != learned[1][3:]).any()
+
+
+@pytest.mark.parametrize(
+    ("proxy", "order"), [("leave_one_out", 1), ("leave_one_out", 2), ("cumulative", 2), ("sensitivity", 1)]
+)
+def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, order: int, skipping_dit) -> None:
     settings = QUICK | {
         "beta": 1e-3,
         "trajectories": 3,
@@ -214,7 +270,11 @@ def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, skipp
         "fit_steps": 0,
         "reuse": "corrected",
     }
-    settings |= {"proxy": proxy, "lr": 2.0}  # fast enough for the hard schedule to change between refreshes
+    settings |= {
+        "proxy": proxy,
+        "order": order,
+        "lr": 2.0,
+    }  # fast enough for the hard schedule to change between refreshes
     whole = make_method("harmonica", skipping_dit, settings)
     for _ in whole.run():
         pass
@@ -229,21 +289,25 @@ def test_a_router_that_learns_with_corrections_can_be_restored(proxy: str, skipp
     for _ in second.run():
         pass
     assert (second.found().logits == whole.found().logits).all()
-    plain = make_method("harmonica", skipping_dit, settings | {"reuse": "plain"})
+    plain = make_method("harmonica", skipping_dit, settings | {"reuse": "plain", "order": 1})
     for _ in plain.run():
         pass
     assert (plain.found().logits != whole.found().logits).any()
 
 
-def test_train_leaves_a_corrected_schedule(tiny_run, tmp_path) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_train_leaves_a_corrected_schedule(order: int, tiny_run, tmp_path) -> None:
     flags = {"model": str(tiny_run.parent / "model"), "solver.steps": 6, "caching.method": "interval"}
-    flags |= {"caching.every": 3, "caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
+    flags |= {"caching.reuse": "corrected", "caching.fit_samples": SAMPLES, "caching.fit_steps": 1}
+    flags |= {"caching.every": every(order), "caching.order": order}
     schedule = train(resolve(None, flags), tmp_path / "run")
     assert schedule.reuse == "corrected" and schedule.method["degenerate_channels"] == 0
+    assert schedule.order == order == schedule.method.get("order", 1)
     scores = schedule.method["start_score_db"]
-    assert {*scores} == {"least squares", "taylor", "plain"}
+    assert {*scores} == {"least squares", "taylor", "plain"} | ({"taylor, order 2"} if order == 2 else set())
     assert scores[schedule.method["start"]] == max(scores.values())
-    assert schedule.method["fallbacks"] == schedule.fallbacks >= 2 * len(schedule.names)  # calls 1 and 2 have no p
+    without = (~schedule.compute & ~history(schedule.compute, order)).sum()  # each counts, whatever its vectors
+    assert schedule.method["fallbacks"] == schedule.fallbacks >= without >= 2 * len(schedule.names)
     setting, opened = open_finished(tmp_path / "run")
     assert opened.fingerprint == schedule.fingerprint
     again = replace(opened, corrections=None).reusing("taylor", setting.adapter.graph)
@@ -266,12 +330,19 @@ def test_every_method_records_once_what_fitting_took(name, tiny_run, tmp_path) -
         assert sum("seconds" in record for record in others) == (rounds or 1) and (rounds > 0) == (name == "harmonica")
 
 
-def test_too_few_samples_and_unknown_rules_are_refused_in_one_line(tiny_run) -> None:
+def test_too_few_samples_and_unknown_rules_and_orders_are_refused_in_one_line(tiny_run) -> None:
     flags = {"model": str(tiny_run.parent / "model"), "caching.method": "interval", "caching.every": 2}
     with pytest.raises(RecipeError, match=r"caching\.fit_samples = 2 should be greater than or equal to 8"):
         resolve(None, flags | {"caching.fit_samples": 2})
     with pytest.raises(RecipeError, match=r"caching\.reuse = 'magic' should be 'plain', 'taylor' or 'corrected'"):
         resolve(None, flags | {"caching.reuse": "magic"})
+    for order, wanted in ((0, "greater than or equal to 1"), (3, "less than or equal to 2")):
+        with pytest.raises(RecipeError, match=rf"caching\.order = {order} should be {wanted}"):
+            resolve(None, flags | {"caching.reuse": "taylor", "caching.order": order})
+    with pytest.raises(RecipeError, match=r"caching: order = 2 means nothing where reuse is plain") as caught:
+        resolve(None, flags | {"caching.order": 2})
+    assert "\n" not in str(caught.value)
+    assert resolve(None, flags | {"caching.reuse": "taylor", "caching.order": 2}).caching.order == 2
 
 
 def test_the_command_line_trains_shows_and_scores_corrected_schedules(tiny_run, tmp_path, capsys, monkeypatch) -> None:
@@ -292,7 +363,7 @@ def test_the_command_line_trains_shows_and_scores_corrected_schedules(tiny_run, 
     fallbacks = Schedule.load(out / "schedule.safetensors").fallbacks
     assert fallbacks >= 8 and f"corrected reuse, {fallbacks} entries without an older value" in run("inspect", file)[1]
     described = json.loads(run("inspect", file, "--json")[1])
-    assert (described["reuse"], described["fallbacks"]) == ("corrected", fallbacks)
+    assert (described["reuse"], described["order"], described["fallbacks"]) == ("corrected", 1, fallbacks)
     scores = {}
     for rule in ("plain", "taylor", "corrected"):
         status, told, noted = run("eval", model, "--schedule", file, "--samples", "4", "--reuse", rule, "--json")
@@ -310,3 +381,21 @@ def test_the_command_line_trains_shows_and_scores_corrected_schedules(tiny_run, 
         how = ["--schedule", str(tmp_path / rule), "--labels", "0,1", "--out", str(picture)]
         assert run("generate", model, *how)[0] == 0
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_the_command_line_shows_order_2_wherever_it_shows_the_rule(hcompress, tiny_run, tmp_path) -> None:
+    model, out = tiny_run.parent / "model", tmp_path / "run"
+    asked = ["train", model, "--method", "interval", "--steps", "6", "--set", "caching.every=2", "--reuse", "taylor"]
+    asked += ["--set", "caching.order=2", "--out", out]
+    planned = json.loads(hcompress(*asked, "--dry-run", "--json")[1])
+    assert (planned["reuse"], planned["order"]) == ("taylor", 2)
+    status, told, _ = hcompress(*asked, "--json")
+    assert status == 0 and json.loads(told)["order"] == 2
+    schedule = Schedule.load(out)
+    line = f"taylor reuse of order 2, {schedule.fallbacks} entries without an older value"
+    assert schedule.fallbacks == 8 and line in " ".join(hcompress("inspect", out)[1].split())
+    assert json.loads(hcompress("inspect", out, "--json")[1])["order"] == 2
+    how = ("eval", model, "--schedule", out, "--samples", "4", "--json")
+    own, again, first = (json.loads(hcompress(*how, *rule)[1]) for rule in ([], ["--reuse", "taylor"], []))
+    assert own == again == first and (own["reuse"], own["order"]) == ("taylor", 2)
+    assert json.loads(hcompress(*how, "--reuse", "plain")[1])["psnr_db"] != own["psnr_db"]

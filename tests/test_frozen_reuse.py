@@ -64,10 +64,14 @@ def corrected(draw: st.DrawFn) -> tuple[np.ndarray, Corrections]:
     return mask, random_corrections(mask, (3,) * mask.shape[1], seed=draw(st.integers(0, 99)))
 
 
-def yields(mask: np.ndarray, corrections: Corrections, t: int, n: int) -> tuple[int, int | None, int | None]:
-    """What branch n, reused at t, yields: the calls of c and p, and of the vectors; None for what has no part in it."""
-    *_, p, c = [-1, *np.flatnonzero(mask[:t, n]).tolist()]
-    return c, p if corrections.uses_older[t, n] else None, t if corrections.changes[t, n] else None
+Value = tuple[int, tuple[int, ...], int | None]
+"""The calls of c, of what is looked at beside it (p, or p and q) and of the vectors, None where none have a part."""
+
+
+def yields(mask: np.ndarray, corrections: Corrections, t: int, n: int) -> Value:
+    """What branch n, reused at t, yields."""
+    c, *older = np.flatnonzero(mask[:t, n]).tolist()[::-1]
+    return c, tuple(older[: corrections.depth[t, n]]), t if corrections.changes[t, n] else None
 
 
 @pytest.mark.parametrize(("widen", "finish"), [(False, True), (False, False), (True, False)])
@@ -81,23 +85,24 @@ def test_running_the_plan_gives_what_the_corrections_mean(
     graph = graph_of(mask.shape[1])
     plan = freeze(graph, mask, corrections, widen=widen, finish=finish)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    slots: dict[str, tuple[int, int | None, int | None]] = {}
+    slots: dict[str, Value] = {}
     for t, step in enumerate(plan.steps):
-        for name in step.keeps:
+        for name in step.keeps:  # in this order one after the other is as good as all at once
             assert before(name) not in slots
             slots[before(name)] = slots.pop(name)
         for n, name in enumerate(graph.names):
-            is_corrected, by_p = name in step.corrects, before(name) in step.reads
-            assert not by_p or before(name) in step.corrects
-            p = slots[before(name)] if by_p else None
-            assert p is None or p[1:] == (None, None)  # was computed, never corrected
+            is_corrected, olders = name in step.corrects, [before(name), before(before(name))]
+            read = [slot for slot in olders if slot in step.reads]
+            assert read == olders[: len(read)] and {*read} <= {*step.corrects}
+            older = tuple(slots[slot][0] for slot in read)
+            assert all(slots[slot][1:] == ((), None) for slot in read)  # was computed, never corrected
             if not mask[t, n]:
                 vectors = t if is_corrected and (not widen or corrections.changes[t, n]) else None
-                got = (slots[name][0], p and p[0], vectors) if is_corrected else slots[name]
+                got = (slots[name][0], older, vectors) if is_corrected else slots[name]
                 assert got == yields(mask, corrections, t, n)
             elif name in step.writes:
                 assert name not in slots
-                slots[name] = (t, p and p[0], t + 1 if is_corrected else None)
+                slots[name] = (t, older, t + 1 if is_corrected else None)
         for name in step.frees:
             del slots[name]
     assert not slots
@@ -113,8 +118,8 @@ def test_a_slot_lives_from_its_writer_to_its_last_reader_and_the_peak_is_exact(
     graph = graph_of(mask.shape[1])
     lives: dict[tuple[int, int], int] = {}  # (call, branch) that computed a value -> the last call that looks at it
     for t, n in np.argwhere(~mask).tolist():
-        c, p, _ = yields(mask, corrections, t, n)
-        lives |= {(call, n): t for call in (c, p) if call is not None}
+        c, older, _ = yields(mask, corrections, t, n)
+        lives |= {(call, n): t for call in (c, *older)}
     held = [sorted(n for (first, n), last in lives.items() if first <= t <= last) for t in range(len(mask))]
     plan, live = freeze(graph, mask, corrections, finish=False), set[str]()
     for step, want in zip(plan.steps, held, strict=True):
@@ -132,7 +137,7 @@ def test_a_slot_lives_from_its_writer_to_its_last_reader_and_the_peak_is_exact(
 @given(masks(), st.integers(0, 99), st.booleans())
 def test_without_p_slots_are_those_of_plain_reuse(mask: np.ndarray, seed: int, widen: bool) -> None:
     graph = graph_of(mask.shape[1])
-    corrections = random_corrections(mask, (3,) * len(graph), seed=seed, older=False)
+    corrections = random_corrections(mask, (3,) * len(graph), seed=seed, depth=0)
     plain, plan = freeze(graph, mask, widen=widen), freeze(graph, mask, corrections, widen=widen)
     assert plan.slots == plain.slots and plan.peak_cache_bytes(1) == plain.peak_cache_bytes(1)
     for ours, theirs in zip(plan.steps, plain.steps, strict=True):
@@ -148,13 +153,33 @@ def test_a_wide_plan_has_one_pattern_a_mask(problem: tuple[np.ndarray, Correctio
     assert wide.slots == exact.slots
 
 
+@SOME
+@given(masks(), st.integers(0, 99), st.booleans())
+def test_a_slot_for_q_is_there_only_where_a_correction_looks_at_it(mask: np.ndarray, seed: int, widen: bool) -> None:
+    graph = graph_of(mask.shape[1])
+    for depth in (1, 2):
+        corrections = random_corrections(mask, (3,) * len(graph), seed=seed, depth=depth)
+        plan = freeze(graph, mask, corrections, widen=widen)
+        by_q = {before(before(name)) for n, name in enumerate(graph.names) if (corrections.depth[:, n] == 2).any()}
+        assert {slot for slot in plan.slots if slot.endswith(before(before("")))} == by_q
+        assert depth == 2 or not by_q
+
+
+P, Q = "a.before", "a.before.before"
 WRITES, KEEPS = Step(("a",), (), ("a",), ()), Step(("a",), (), ("a",), (), keeps=("a",))
+BOTH, BOTH_AGAIN = (Step(("a",), (), ("a",), (), keeps=keeps) for keeps in ((P, "a"), (P, "a")))
 BROKEN = {
     "step 0 corrects 'a', which it neither reads nor writes": [Step(("a",), (), (), (), corrects=("a",))],
     "step 1 corrects 'a.before', which": [WRITES, Step((), ("a",), (), ("a",), corrects=("a.before",))],
     "step 2 reads slot 'a.before' but corrects nothing by it": [WRITES, KEEPS, Step((), ("a", "a.before"), (), ())],
     "step 0 keeps slot 'a', which holds nothing": [KEEPS],
     "step 2 writes slot 'a.before' over what it holds": [WRITES, KEEPS, KEEPS],
+    "step 1 keeps slot 'a.before', which holds nothing": [WRITES, BOTH],
+    "step 3 writes slot 'a.before.before' over what it holds": [WRITES, KEEPS, BOTH, BOTH_AGAIN],
+    "step 3 corrects 'a.before.before', which": [WRITES, KEEPS, BOTH, Step((), ("a",), (), (), corrects=("a", Q))],
+    "step 3 reads slot 'a.before.before' but corrects nothing": [WRITES, KEEPS, BOTH, Step((), ("a", Q), (), ("a",))],
+    "step 1 writes slot 'a.before' but does not compute it": [WRITES, Step((), (), (), (), keeps=("a.before",))],
+    "slot 'a.before.before' is never freed": [WRITES, KEEPS, Step(("a",), (), (), (P,), keeps=(P, "a"))],
     "step 1 writes slot 'a' but does not compute it": [WRITES, Step((), (), (), (), keeps=("a",))],
     "step 1 writes slot 'a' over what it holds": [WRITES, WRITES],
     "slot 'a.before' is never freed": [WRITES, Step(("a",), (), (), (), keeps=("a",))],
@@ -164,17 +189,23 @@ BROKEN = {
 @pytest.mark.parametrize("message", BROKEN)
 def test_a_plan_that_cannot_run_is_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Plan(("a",), {"a": (2,), "a.before": (2,)}, tuple(BROKEN[message]))
+        Plan(("a",), {"a": (2,), P: (2,), Q: (2,)}, tuple(BROKEN[message]))
 
 
 def problem_of(adapter: Adapter, seed: int = 0) -> tuple[np.ndarray, Corrections]:
-    """A mask under which call 3 yields branch 1 by p, and computes branch 0 to be finished by p as it is written."""
+    """A mask under which call 3 yields branch 1 by p and q, and computes branch 0, finished by both as it is written.
+
+    Call 2 yields branch 0 by p, when there is no q yet; calls 2 and 3 yield branch 2 by p, of which there is never one.
+    """
     mask = random_mask(CALLS, len(adapter.graph), seed=seed)
-    mask[:, 0], mask[:, 1] = [True, True, False, True, False], [True, True, False, False, True]
+    mask[:, :3] = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 1]], bool).T
     corrections = random_corrections(mask, adapter.graph.widths, seed=seed)
-    for call, branch in ((2, 0), (4, 0), (2, 1), (3, 1)):
-        for term in (corrections.a, corrections.d, corrections.b):
-            term[branch][call] = 0.3
+    by_q, by_p = ((4, 0, "adbe"), (3, 1, "adbe"), (4, 1, "e")), ((2, 0, "adb"), (2, 2, "adb"), (3, 2, "adb"))
+    for call, branch, terms in (*by_q, *by_p):
+        for term in corrections.terms:
+            term[branch][call] = 0
+        for name in terms:
+            getattr(corrections, name)[branch][call] = 0.3
     return mask, corrections
 
 
@@ -228,6 +259,21 @@ def test_any_mask_and_any_corrections_equal_the_reference_sampler(
         assert runtime.peak_cache_bytes == runtime.bundle.peak_cache_bytes(len(LABELS))
 
 
+@pytest.mark.parametrize(("layout", "widen"), [("switch", False), ("embedded", True)])
+def test_calls_that_share_a_graph_may_have_neither_p_nor_q(
+    tiny_dit: Adapter, traced: ir.Model, tmp_path: Path, layout: str, widen: bool
+) -> None:
+    """Branch 0 looks at q at call 4; at call 1, of the same graph, there is c alone."""
+    mask = np.ones((CALLS, 4), bool)
+    mask[[1, 4], 0] = False
+    corrections = random_corrections(mask, tiny_dit.graph.widths, depth=0)
+    corrections.e[0][4] = 0.3
+    options = {"layout": layout, "corrections": corrections, "traced": traced, "widen": widen}
+    with Runtime(export(tmp_path / "b", tiny_dit, mask, **options).path, threads=1) as runtime:
+        assert runtime.bundle.graphs[1] == runtime.bundle.graphs[4]
+        assert parity(tiny_dit, runtime, LABELS, mask, corrections).max() <= CLOSE
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_dit: Adapter, traced: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Of the tiny model, weights as inputs. Do not change its files; copy them."""
@@ -279,14 +325,17 @@ def test_tensorrt_rtx_builds_an_engine_that_corrects_what_it_reads_and_what_it_w
     pytest.importorskip("tensorrt_rtx")
     opened = open_bundle(bundle.path)
     step, branches = opened.plan.steps[3], opened.plan.branches
-    assert {*step.corrects} >= {branches[0], branches[1], before(branches[0]), before(branches[1])}
+    older = {before(branch) for branch in branches[:2]}
+    assert {*step.corrects} >= {*branches[:2]} | older | {*map(before, older)}
     assert branches[0] in step.computes and branches[1] in step.reads
     rows = {f"cache_in.{name}": shape[0] * opened.rows_per_sample for name, shape in opened.plan.slots.items()}
     graph, engine = opened.path / opened.graphs[3], tmp_path / "rtx.engine"
     built = build_engine(graph, engine, flavor="rtx", sm=89, batch=(1, 2, 4), per_sample=rows)
     width = opened.plan.slots[branches[1]][1]
     assert built.inputs[f"step.{CORRECTION}{branches[1]}"] == (1, 3 * width)
+    assert built.inputs[f"step.{CORRECTION}{before(before(branches[1]))}"] == (1, width)
     assert built.inputs[f"cache_in.{before(branches[0])}"] == (-1, width)
+    assert built.inputs[f"cache_in.{before(before(branches[0]))}"] == (-1, width)
 
 
 def test_graphs_of_plain_reuse_know_nothing_of_corrections(tiny_dit: Adapter, traced: ir.Model, tmp_path: Path) -> None:
@@ -304,10 +353,12 @@ def test_graphs_of_plain_reuse_know_nothing_of_corrections(tiny_dit: Adapter, tr
 
 def test_a_corrected_bundle_is_of_another_format_and_holds_its_vectors(bundle: Exported, tmp_path: Path) -> None:
     assert open_bundle(bundle.path).manifest["format"] == FORMATS[1]
-    broken = Path(shutil.copytree(bundle.path, tmp_path / "broken"))
-    change_constant(broken, f"step.{CORRECTION}0.attn", lambda rows: rows[:, :-1].copy())
-    with pytest.raises(BundleError, match=r"the correction of 0\.attn is \[95\] instead of \[96\]; export or copy"):
-        open_bundle(broken)
+    for name, found, wanted in (("0.attn", 95, 96), ("0.attn.before.before", 31, 32)):
+        broken = Path(shutil.copytree(bundle.path, tmp_path / name))
+        change_constant(broken, f"step.{CORRECTION}{name}", lambda rows: rows[:, :-1].copy())
+        message = rf"the correction of {name} is \[{found}\] instead of \[{wanted}\]; export or copy"
+        with pytest.raises(BundleError, match=message):
+            open_bundle(broken)
 
 
 MISFITS = {
@@ -339,10 +390,12 @@ def test_corrections_of_something_else_are_refused(bundle: Exported, tmp_path: P
 def test_merging_masks_takes_differences_anew_and_refuses_what_was_fitted(tiny_run: Path) -> None:
     source = {"dense": False, "solver": "ddim", "steps": CALLS, "cfg": CFG}
     setting, schedule = open_source(str(tiny_run), None, **source, reuse="taylor")
-    merged = decide(setting, schedule, max_graphs=2).schedule
-    assert (merged.compute != schedule.compute).any() and merged.reuse == "taylor"
-    want = taylor(merged.compute, setting.adapter.graph.widths)
-    assert all((got == rows).all() for got, rows in zip(merged.corrections.d, want.d, strict=True))
+    widths = setting.adapter.graph.widths
+    for order in (1, 2):
+        one = replace(schedule, corrections=taylor(schedule.compute, widths, order))
+        merged = decide(setting, one, max_graphs=2).schedule
+        assert (merged.compute != schedule.compute).any() and merged.reuse == "taylor"
+        assert merged.corrections.fingerprint == taylor(merged.compute, widths, one.order).fingerprint
     fitted = replace(schedule, corrections=random_corrections(schedule.compute, setting.adapter.graph.widths))
     assert decide(setting, fitted, max_graphs=CALLS).schedule.corrections is fitted.corrections
     with pytest.raises(ScheduleError, match=r"--max-graphs 2 computes \d+ values that this schedule reuses.*--reuse"):
@@ -403,13 +456,21 @@ def test_a_schedule_whose_corrections_are_broken_runs_under_another_rule(
         assert hcompress("export", model, "--schedule", file, "--dry-run", "--reuse", rule)[0] == 0
 
 
-@pytest.mark.parametrize("dtype", ["float16"])
-def test_what_is_exported_with_another_rule_is_verified_with_it(tiny_run: Path, tmp_path: Path, dtype: str) -> None:
-    command = ["export", str(tiny_run), "--reuse", "taylor", "--dtype", dtype, "--out", str(tmp_path / "b"), "--json"]
+@pytest.mark.parametrize(("dtype", "order"), [("float16", 1), ("float16", 2), ("float32", 2)])
+def test_what_is_exported_with_another_rule_is_verified_with_it(
+    tiny_run: Path, tmp_path: Path, dtype: str, order: int
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    if order == 2:  # of which the rule is the schedule's own
+        schedule, widths = Schedule.load(run), open_source(str(run), None, dense=True)[0].adapter.graph.widths
+        compute = np.array([[1] * 4, [1, 1, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0], [0, 1, 1, 0]], bool)
+        replace(schedule, compute=compute, corrections=taylor(compute, widths, 2)).save(run / "schedule.safetensors")
+    command = ["export", str(run), "--reuse", "taylor", "--dtype", dtype, "--out", str(tmp_path / "b"), "--json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert 0 < max(json.loads(done.stdout)["parity"]) <= TOLERANCE[dtype]
-    assert Schedule.load(tmp_path / "b" / SCHEDULE).reuse == "taylor"
+    exported = Schedule.load(tmp_path / "b" / SCHEDULE)
+    assert (exported.reuse, exported.order) == ("taylor", order)
     (proof, *_) = prove_all(tmp_path / "b", samples=2)
     assert proof.holds and proof.worst <= TOLERANCE[dtype]
     assert open_bundle(tmp_path / "b").manifest["format"] == FORMATS[1]

@@ -112,14 +112,31 @@ def test_a_respaced_scheduler_takes_its_place_in_a_pipeline(pipe):
     assert (pictures(pipe) - reference(pipe, mask())).abs().max() <= 1e-5  # as for DDIM, above
 
 
-def test_corrected_pictures_are_those_of_the_reference_sampler(pipe):
+@pytest.mark.parametrize("order", [1, 2])
+def test_corrected_pictures_are_those_of_the_reference_sampler(pipe, order):
     compute = mask()
-    vectors = drawn(compute, DiT(network()).graph.widths)
+    vectors = drawn(compute, DiT(network()).graph.widths, order=order)
+    assert vectors.order == order
     plain, want = reference(pipe, compute), reference(pipe, compute, corrections=vectors)
     hcompress.apply_schedule(pipe, schedule_for(pipe, compute, corrections=vectors))
     for _ in range(2):  # what the first generation left is forgotten
         assert (pictures(pipe) - want).abs().max() <= 1e-5  # as for plain reuse, above
     assert (want - plain).abs().max() > 1e-3
+
+
+def test_a_pipeline_holds_what_its_corrections_look_at_and_no_more(pipe):
+    """Branch by branch: what was computed last where it is ever reused, what before that as far as any call looks."""
+    compute = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]], bool)
+    vectors = drawn(compute, DiT(network()).graph.widths)
+    for branch, names in enumerate(("", "e", "de")):
+        for name in names:
+            getattr(vectors, name)[branch][:] = 0
+    held = []
+    pipe.transformer.proj_out_2.register_forward_hook(lambda *_: held.append(vars(pipe)["_hcompress"].older.copy()))
+    hcompress.apply_schedule(pipe, schedule_for(pipe, compute, corrections=vectors))
+    pictures(pipe)
+    depths = [{branch: len(older) for branch, older in one.items() if older} for one in held]
+    assert depths == [{}, {}, {0: 1, 1: 1}, *[{0: 2, 1: 1}] * 3]
 
 
 def test_corrections_at_another_guidance_scale_are_warned_of_and_run(pipe):
@@ -326,6 +343,22 @@ def compile_wrapped(pipe: DiTPipeline, backend: object) -> None:
 
 def compile_in_place(pipe: DiTPipeline, backend: object) -> None:
     pipe.transformer.compile(fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_compiled_rows_are_corrected_as_uncompiled_ones(pipe, order):
+    """A graph for each distinct row and depth of its corrections."""
+    compute = np.array([[1] * 4, [1] * 4, [1, 0, 1, 0], [1] * 4, [1, 0, 1, 0]], bool)
+    vectors = drawn(compute, DiT(network()).graph.widths, order=order)
+    hcompress.apply_schedule(pipe, schedule_for(pipe, compute, steps=5, corrections=vectors))
+    want = pictures(pipe, steps=5)
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounter()
+    compile_wrapped(pipe, counter)
+    for _ in range(2):
+        assert torch.equal(pictures(pipe, steps=5), want)  # this backend runs torch's own operators
+    assert counter.frame_count == 1 + order and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("first", ["apply", "compile"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,9 @@ from hcompress_runtime.plan import Plan, Step, before
 
 Mask = NDArray[np.bool_]
 """bool[T, N]"""
+Depth = NDArray[np.int64]
+"""int[T, N], of Corrections: how many values before c a correction looks at."""
+Array = TypeVar("Array", Mask, Depth)
 
 
 def freeze(
@@ -39,76 +44,82 @@ def freeze(
         raise ScheduleError(f"a mask of shape {compute.shape} does not fit a model of {len(graph)} branches")
     if not len(compute) or not compute[0].all():
         raise ScheduleError("the first call must compute every branch; nothing is cached before it")
-    corrects = older = np.zeros_like(compute)
+    corrects, depth = np.zeros_like(compute), np.zeros(compute.shape, int)
     if corrections is not None:
         corrections.check_fits(compute, graph.names)
-        corrects, older = corrections.changes, corrections.uses_older
-    plan = _plan(graph, compute, corrects, older, widen)
+        corrects, depth = corrections.changes, corrections.depth
+    plan = _plan(graph, compute, corrects, depth, widen)
     if not finish or widen or not corrects.any():
         return plan
-    finished = _plan(graph, compute, *_finished(compute, corrects, older), widen)
+    finished = _plan(graph, compute, *_finished(compute, corrects, depth), widen)
     return finished if len(finished.patterns) <= len(plan.patterns) else plan
 
 
-def _plan(graph: BranchGraph, compute: Mask, corrects: Mask, older: Mask, widen: bool) -> Plan:
-    """corrects: where a value is corrected, as it is read or, where it is computed, as it is written; older: with p."""
+def _plan(graph: BranchGraph, compute: Mask, corrects: Mask, depth: Depth, widen: bool) -> Plan:
+    """corrects: where a value is corrected, as it is read or, where it is computed, as it is written; depth: how."""
     reuse = ~compute
-    needs_p = _needs_p(compute, older)
-    wanted = _next(reuse | needs_p)  # what a branch's own slot holds in the end: as c, or to be kept as p
-    writes = compute & wanted
-    frees, frees_p = (reuse | writes) & ~wanted, needs_p & ~_next(reuse & needs_p)
-    enters, enters_p = corrects, older
+    holds_p, holds_q = _holds(compute, depth)
+    stays_c, stays_p, stays_q = (
+        _next(reuse | holds_p),
+        _next(reuse & holds_p | compute & holds_q),
+        _next(reuse & holds_q),
+    )
+    writes = compute & stays_c
+    frees = (reuse | writes) & ~stays_c
+    enters, entering = corrects, depth
     if widen:
         surplus = _of_equal(compute, writes) & ~writes
         writes, frees = writes | surplus, frees | surplus
-        enters, enters_p = _of_equal(compute, corrects), _of_equal(compute, older)
+        enters, entering = _of_equal(compute, corrects), _of_equal(compute, depth)
     names = np.array(graph.names, object)
     names_p = np.array([before(name) for name in graph.names], object)
+    names_q = np.array([before(name) for name in names_p], object)
     steps = tuple(
         Step(
             computes=tuple(names[compute[t]]),
-            reads=(*names[reuse[t]], *names_p[older[t]]),
+            reads=(*names[reuse[t]], *names_p[depth[t] >= 1], *names_q[depth[t] == 2]),
             writes=tuple(names[writes[t]]),
-            frees=(*names[frees[t]], *names_p[frees_p[t]]),
-            keeps=tuple(names[(compute & needs_p)[t]]),
-            corrects=(*names[enters[t]], *names_p[enters_p[t]]),
+            frees=(*names[frees[t]], *names_p[(holds_p & ~stays_p)[t]], *names_q[(holds_q & ~stays_q)[t]]),
+            keeps=(*names_p[(compute & holds_q)[t]], *names[(compute & holds_p)[t]]),
+            corrects=(*names[enters[t]], *names_p[entering[t] >= 1], *names_q[entering[t] == 2]),
         )
         for t in range(len(compute))
     )
     slots = {}
     for n, branch in enumerate(graph.branches):
-        if reuse[:, n].any():
-            slots[branch.name] = branch.shape
-        if needs_p[:, n].any():
-            slots[before(branch.name)] = branch.shape
+        for name, held in ((names[n], reuse), (names_p[n], holds_p), (names_q[n], holds_q)):
+            if held[:, n].any():
+                slots[name] = branch.shape
     return Plan(graph.names, slots, steps)
 
 
-def _needs_p(compute: Mask, older: Mask) -> Mask:
-    """Where, from a call on to the one before the branch is computed again, some call looks at p."""
-    needs = older.copy()
+def _holds(compute: Mask, depth: Depth) -> tuple[Mask, Mask]:
+    """Where p's slot holds something, and where q's: what this or a later call looks at, p as it is or as q by then."""
+    holds_p, holds_q = depth >= 1, depth == 2
     for t in reversed(range(len(compute) - 1)):
-        needs[t] |= needs[t + 1] & ~compute[t + 1]
-    return needs
+        same = ~compute[t + 1]  # p and q of the next call are those of this one
+        holds_p[t] |= np.where(same, holds_p[t + 1], holds_q[t + 1])
+        holds_q[t] |= same & holds_q[t + 1]
+    return holds_p, holds_q
 
 
-def _finished(compute: Mask, corrects: Mask, older: Mask) -> tuple[Mask, Mask]:
+def _finished(compute: Mask, corrects: Mask, depth: Depth) -> tuple[Mask, Depth]:
     """The same two, where a value that only the next call reads, and corrects, is corrected as it is written."""
-    wanted = _next(~compute | _needs_p(compute, older))
-    early = compute & _next(corrects & ~wanted)
+    stays = _next(~compute | _holds(compute, depth)[0])
+    early = compute & _next(corrects & ~stays)
     late = np.roll(early, 1, axis=0)  # the last call computes nothing early
-    return corrects & ~late | early, older & ~late | early & _next(older)
+    return corrects & ~late | early, np.where(early, _next(depth), np.where(late, 0, depth))
 
 
-def _next(mask: Mask) -> Mask:
-    """What holds at the next call; nothing does after the last."""
-    return np.vstack([mask[1:], np.zeros_like(mask[:1])])
+def _next(rows: Array) -> Array:
+    """What is so at the next call; nothing is after the last."""
+    return np.vstack([rows[1:], np.zeros_like(rows[:1])])
 
 
-def _of_equal(compute: Mask, wanted: Mask) -> Mask:
-    """What is wanted at any call of the same row of `compute`."""
+def _of_equal(compute: Mask, wanted: Array) -> Array:
+    """The most that is wanted at any call of the same row of `compute`."""
     united = wanted.copy()
     for row in np.unique(compute, axis=0):
         equal = (compute == row).all(axis=1)
-        united[equal] = wanted[equal].any(axis=0)
+        united[equal] = wanted[equal].max(axis=0)
     return united

@@ -30,7 +30,17 @@ from numpy.typing import NDArray
 from hcompress.adapter import Adapter
 from hcompress.corrections import Corrections
 from hcompress.errors import BundleError
-from hcompress.sampling import constants_of, corrected, solver_noises, start_noise, terms_of, trajectory
+from hcompress.sampling import (
+    Older,
+    Slots,
+    constants_of,
+    corrected,
+    solver_noises,
+    start_noise,
+    store,
+    terms_of,
+    trajectory,
+)
 from hcompress_export.rounded import given_by, readers, rounding, shown
 from hcompress_runtime.bundle import SCALES, UPDATE, Bundle
 from hcompress_runtime.conditions import Given, Rows, complete, example, take
@@ -127,7 +137,8 @@ def _by_call(
     _, rows, start, noises, walk = reference
     table, inputs = runtime.bundle.table, readers(adapter.network)
     held: dict[str, Value] = {}
-    older: dict[int, torch.Tensor] = {}
+    computed: Slots = {}
+    older: Older = {}
     terms = terms_of(corrections, table.num_calls, adapter.device, adapter.dtype)
     given = {name: runtime.put(array) for name, array in rows.items()}
     calls, latents, outputs, found = walk(start), list[torch.Tensor](), list[torch.Tensor](), list[Drift]()
@@ -141,15 +152,17 @@ def _by_call(
         with rounding(adapter.network, rounded, seen):
             _, output, slots = next(calls)
         outputs.append(output)
+        for index, value in slots.items():
+            if value is not computed.get(index):  # so it was at this call
+                store(computed, index, value, older, 2)
         want = {name: slots[index] for index, name in enumerate(adapter.graph.names) if name in written}
         for name in want.keys() & {*runtime.bundle.plan.steps[call].corrects}:  # finished: what the next call yields
             branch = adapter.graph.names.index(name)
-            want[name] = corrected(want[name], older.get(branch), terms[call + 1][branch])
+            want[name] = corrected(want[name], older.get(branch, ()), terms[call + 1][branch])
         arrays = {f"{INPUT}{inputs[column]}": (rounded[column], x) for column, x in seen.items()}
         arrays |= {f"cache_out.{name}": (runtime.to_numpy(value), want[name]) for name, value in written.items()}
         arrays |= {"model_output": (runtime.to_numpy(got), output)}
         found += [Drift(call, name, _relative(array, x), allowed) for name, (array, x) in arrays.items()]
-        older = dict(slots)
     return found, [*latents, table.combine(table.num_calls, start, outputs, noises)]
 
 

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from hcompress_export.correct import correct
 from hcompress_export.narrow import narrow
 from hcompress_export.qdq import unshare
-from hcompress_runtime.plan import Pattern, before
+from hcompress_runtime.plan import Pattern
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def reuse(model: ir.Model, pattern: Pattern) -> None:
 
 def _corrected(graph: ir.Graph, branch: ir.Value, c: ir.Value, name: str, pattern: Pattern) -> ir.Value:
     """`c` corrected, behind what computes `branch`."""
-    value, nodes = correct(graph, c, name, p=before(name) in pattern.corrects)
+    value, nodes = correct(graph, c, name, pattern.corrects)
     if (last := branch.producer()) is None:
         raise AssertionError(f"nothing computes {branch.name}")
     graph.insert_after(last, nodes)

@@ -23,7 +23,7 @@ from hcompress.corrections import Corrections
 from hcompress.errors import InputError
 from hcompress_export.freeze import freeze
 from hcompress_runtime.ort import PREPACK_LIMIT_BYTES
-from hcompress_runtime.plan import Plan
+from hcompress_runtime.plan import Plan, before
 
 ENGINES = {"ort-cpu": False, "ort-cuda": False, "tensorrt": True, "rtx": True}
 """The backends; whether each compiles graphs into engines, which lie on disk beside them."""
@@ -108,7 +108,9 @@ def estimate(
     whole = int(each * graph.total_params)
     peak = plan.peak_cache_bytes(rows, itemsize)
     slots = rows * itemsize * sum(prod(shape) for shape in plan.slots.values())
-    vectors, stored = _vector_bytes(plan, graph), 0 if corrections is None else 12 * len(compute) * sum(graph.widths)
+    vectors, stored = _vector_bytes(plan, graph), 0
+    if corrections is not None:
+        stored = 4 * len(corrections.stored) * len(compute) * sum(graph.widths)
     activations = rows * itemsize * _scratch_elements(graph, fused=engines)
 
     def layout(name: str, computed: list[int], params: list[int], held: int, cache_bytes: int) -> Estimate:
@@ -191,9 +193,10 @@ def _builds_engines(backend: str) -> bool:
 
 
 def _vector_bytes(plan: Plan, graph: BranchGraph) -> int:
-    """Of the three float32 vectors of each branch that is ever corrected, for each call."""
+    """Of the three float32 vectors of each branch that is ever corrected, and the fourth by q, for each call."""
     ever = {name for step in plan.steps for name in step.corrects}
-    return 12 * len(plan.steps) * sum(branch.shape[-1] for branch in graph.branches if branch.name in ever)
+    counts = [3 * (branch.name in ever) + (before(before(branch.name)) in ever) for branch in graph.branches]
+    return 4 * len(plan.steps) * sum(count * width for count, width in zip(counts, graph.widths, strict=True))
 
 
 def _graph_bytes(branches: int, computed: int) -> int:

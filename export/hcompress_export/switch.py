@@ -17,7 +17,7 @@ import onnx_ir as ir
 from hcompress_export.correct import correct
 from hcompress_export.passes import remove_unused
 from hcompress_export.qdq import unshare
-from hcompress_runtime.plan import Plan, before
+from hcompress_runtime.plan import Plan
 
 COMPUTE = "compute"
 
@@ -59,7 +59,7 @@ def _switch(
     condition = ir.Node("", "Gather", [mask, at])
     condition.outputs[0].name = f"compute.{name}"
     if name in corrects:
-        _, kept = correct(graph, slot, name, p=before(name) in corrects)
+        _, kept = correct(graph, slot, name, corrects)
     else:
         kept = [ir.Node("", "Identity", [slot])]
     chosen = ir.Node("", "If", [condition.outputs[0]])

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from hcompress_runtime.conditions import Input
 from hcompress_runtime.errors import BundleError
-from hcompress_runtime.plan import Plan
+from hcompress_runtime.plan import Plan, before
 from hcompress_runtime.table import SolverTable
 
 FORMATS = ("hcompress-bundle-1", "hcompress-bundle-2")  # the second: some step corrects what it reuses
@@ -28,7 +28,7 @@ DECODER = "decoder/decoder.onnx"  # of latent models; absent in pixel space
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of what a network may compute in
 LAYOUTS = ("embedded", "per-mask", "switch")
 SCALES = "activation_scales"  # the step constant [1, K] that holds step sizes of quantized inputs
-CORRECTION = "correction."  # and a branch: the step constant [1, 3 D] that its slot is corrected by
+CORRECTION = "correction."  # and a branch: the step constant [1, 3 D] that it is corrected by; and q's slot: [1, D]
 AGAIN = "export or copy it again"
 
 
@@ -206,13 +206,17 @@ def _check_fits(bundle: Bundle) -> None:
     for name, rows in bundle.constants.items():
         if len(rows) != calls:
             raise BundleError(f"{bundle.path / CONSTANTS}: {name} has {len(rows)} rows for {calls} calls; {AGAIN}")
-    for branch in {name for step in bundle.plan.steps for name in step.corrects} & {*bundle.plan.branches}:
-        vectors, width = bundle.constants.get(f"{CORRECTION}{branch}"), bundle.plan.slots[branch][-1]
-        if vectors is None or vectors.shape[1:] != (3 * width,):
-            found = "absent" if vectors is None else f"{[*vectors.shape[1:]]}"
-            raise BundleError(
-                f"{bundle.path / CONSTANTS}: the correction of {branch} is {found} instead of [{3 * width}]; {AGAIN}"
-            )
+    corrects = {name for step in bundle.plan.steps for name in step.corrects}
+    for branch in bundle.plan.branches:
+        for name, count in ((branch, 3), (before(before(branch)), 1)):
+            if name not in corrects:
+                continue
+            vectors, size = bundle.constants.get(f"{CORRECTION}{name}"), count * bundle.plan.slots[branch][-1]
+            if vectors is None or vectors.shape[1:] != (size,):
+                found = "absent" if vectors is None else f"{[*vectors.shape[1:]]}"
+                raise BundleError(
+                    f"{bundle.path / CONSTANTS}: the correction of {name} is {found} instead of [{size}]; {AGAIN}"
+                )
     for file in {*bundle.all_graphs, CONSTANTS, WEIGHTS} - bundle.manifest["files"].keys():
         raise BundleError(f"{bundle.path / MANIFEST} uses {file!r} without listing it; {AGAIN}")
     dtype = bundle.manifest.get("dtype")

@@ -12,14 +12,16 @@ it frees that slot at once.
 
 A slot holds the output of one branch before its gate, and what a reused branch yields is that, as it is or corrected:
 
-    v = gain c + before p + offset          c: what was computed last, p: before that; vectors of the step, [width]
+    v = gain c + before p + share q + offset        c: computed last, p: before that, q: before p; vectors [width]
 
-A correction that looks at p needs a second slot, `<branch>.before`. Of the ways to have c and c - p at hand this moves
-least: c is written once, is read as c, and becomes p when the branch is computed again, by a change of names. Kept as c
-and c - p, a computing call would read p, write twice and hold three values; this way no call holds more than two. So p
-lives from the call that computes c to the last one that is corrected by it, and a value that only a later correction
-reads is written although no call reuses it. Where c has a single reader, the call that computes it may write the
-finished v in its place: the reusing call is then one of plain reuse, and p is free a call earlier.
+A correction that looks at p needs a second slot, `<branch>.before`, one of order 2 a third for q,
+`<branch>.before.before`. Of the ways to have c and c - p at hand this moves least: c is written once, is read as c, and
+becomes p when the branch is computed again, and q the time after, by a change of names. Kept as c and c - p, a
+computing call would read p, write twice and hold three values; this way no call holds more than two, or with q three.
+So p lives from the call that computes c to the last one that is corrected by it, or until it is q, q likewise, and a
+value that only a later correction reads is written although no call reuses it. Where c has a single reader, the call
+that computes it may write the finished v in its place: the reusing call is then one of plain reuse, and p and q are
+free a call earlier.
 
 `hcompress_export.freeze` makes plans from masks; this module only knows what a plan is.
 """
@@ -35,7 +37,7 @@ OPTIONAL = ("keeps", "corrects")  # of a step, where a plan is written down
 
 
 def before(branch: str) -> str:
-    """The slot of what `branch` computed before it computed what its own slot holds."""
+    """The slot of what `branch` computed before it computed what its own slot holds: p; `before` of that is q's."""
     return f"{branch}.before"
 
 
@@ -56,10 +58,11 @@ class Step:
     reads:    slots that the reused branches yield, then those that corrections ask for beside them
     writes:   slots that take what a computed branch gave: the next call reads it, or the one after an equal step
     frees:    slots that no later call reads before they are written again
-    keeps:    computed branches whose slot becomes `before(slot)`, before all else
+    keeps:    slots of computed branches, their own or p's, that become `before(slot)`, all at once and before all else
     corrects: what enters corrections: branches, whose value is corrected when it is read or, where they are computed,
-              when it is written; and `before` of those where p counts. A step that shares the graph of one where it
-              does may have no p: the graph is then given c in its place, and the vectors of the step leave it out
+              when it is written; and the slots of p and q where those count. A step that shares the graph of one where
+              they do may have no p or no q: the graph is then given the value computed after it in its place, and the
+              vectors of the step leave it out
     """
 
     computes: tuple[str, ...]
@@ -99,9 +102,9 @@ class Plan:
             older = {before(name) for name in step.corrects}
             for name in ({*step.reads, *step.writes, *step.frees} | kept) - self.slots.keys():
                 raise ValueError(f"step {t} uses slot {name!r}, which has no shape")
-            for name in {*step.computes, *step.writes, *step.keeps} - {*self.branches}:
+            for name in {*step.computes, *step.writes} - {*self.branches}:
                 raise ValueError(f"step {t} computes {name!r}, which is no branch")
-            for name in {*step.writes, *step.keeps} - {*step.computes}:
+            for name in {*step.writes, *step.keeps} - {*step.computes, *map(before, step.computes)}:
                 raise ValueError(f"step {t} writes slot {name!r} but does not compute it")
             for name in {*step.corrects} - {*step.reads, *step.writes} - older:
                 raise ValueError(f"step {t} corrects {name!r}, which it neither reads nor writes")
@@ -109,9 +112,10 @@ class Plan:
                 raise ValueError(f"step {t} reads slot {name!r} but corrects nothing by it")
             for name in {*step.keeps} - live:
                 raise ValueError(f"step {t} keeps slot {name!r}, which holds nothing")
+            live -= {*step.keeps}
             for name in kept & live:
                 raise ValueError(f"step {t} writes slot {name!r} over what it holds")
-            live = live - {*step.keeps} | kept
+            live |= kept
             for name in {*step.reads} - live:
                 raise ValueError(f"step {t} reads slot {name!r}, which nothing has written")
             for name in {*step.writes} & live:

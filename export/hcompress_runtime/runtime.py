@@ -143,11 +143,12 @@ class Runtime:
         results:            filled with all that the graph gave
         """
         plan, engine = self.bundle.plan.steps[call], self.engines[self.bundle.graphs[call]]
-        for name in plan.keeps:
-            slots[before(name)] = slots.pop(name)
-        held = {f"cache_in.{before(name)}": value for name, value in slots.items()}  # where there is no other yet
-        held |= {f"cache_in.{name}": value for name, value in slots.items()}
-        got = engine.infer({"latent": latent, **conditions, **self._constants[call], **held})
+        slots |= {before(name): slots.pop(name) for name in plan.keeps}
+        held = dict(slots)
+        for _ in range(2):  # where there is no p or no q yet, what was computed after it
+            held = {before(name): value for name, value in held.items()} | held
+        given = {f"cache_in.{name}": value for name, value in held.items()}
+        got = engine.infer({"latent": latent, **conditions, **self._constants[call], **given})
         if results is not None:
             results |= got
         written = {name: got[f"cache_out.{name}"] for name in plan.writes}

@@ -2,20 +2,25 @@
 
 For a branch i that call t reuses, ridge least squares over samples, rows of guidance and tokens, a channel at a time:
 
-    min  E (f - c - a c - d (c - p) - b)^2 + RIDGE (a^2 E c^2 + d^2 E (c - p)^2 + b^2)
+    min  E (f - c - a c - d (c - p) - e (p - q) - b)^2
+         + RIDGE (a^2 E c^2 + d^2 E (c - p)^2 + e^2 E (p - q)^2 + b^2)
 
-f is what the branch gives on the *cached* trajectory, where each earlier call, and each earlier branch of this one, is
-corrected as it was just fitted. So one pass over one batch of noise fits everything, call after call and branch after
-branch, and each fit sees what it will be given when it runs. A ridge is relative to its regressor's own energy: c - p
-is small, and an absolute one would drown it.
 
-Memory: c and p of every branch for all samples at once. Legend: T calls, N branches, D width, K regressors.
+without e of order 1 and where there is no q, and without d where there is no p. f is what the branch gives on the
+*cached* trajectory, where each earlier call, and each earlier branch of this one, is corrected as it was just fitted.
+So one pass over one batch of noise fits everything, call after call and branch after branch, and each fit sees what it
+will be given when it runs. A ridge is relative to its regressor's own energy: c - p is small, and an absolute one would
+drown it.
+
+Memory: c and p, of order 2 q too, of every branch for all samples at once. Legend: T calls, N branches, D width, K
+regressors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,8 +32,8 @@ from hcompress.adapter import Route
 from hcompress.caching.problem import Problem, Ranks
 from hcompress.caching.settings import MethodSettings
 from hcompress.caching.tune import tune
-from hcompress.corrections import Corrections, computed_before, taylor
-from hcompress.sampling import Terms, constants_of, corrected, solver_output
+from hcompress.corrections import Corrections, computed_before, differences, taylor
+from hcompress.sampling import Older, Slots, Terms, constants_of, corrected, solver_output, store
 
 RIDGE = 1e-3
 MEASURED = 16  # samples by which fitted vectors are compared with Taylor's and none
@@ -69,36 +74,42 @@ class Corrected:
 def correct(problem: Problem, compute: NDArray[np.bool_], settings: MethodSettings) -> Corrected:
     """The corrections of the mask bool[T, N] by the rule that `settings` ask for.
 
-    Fitted ones start from least squares, Taylor's rule or plain reuse, whichever gives the best samples, and are tuned;
-    the history says from which, and the signal-to-noise ratios of all. Where none gives finite samples, reuse is plain,
-    and the problem's `notice` is told.
+    Fitted ones start from least squares, Taylor's rule (of either order, where order 2 is asked for) or plain reuse,
+    whichever gives the best samples, and are tuned; the history says from which, and the signal-to-noise ratios of all.
+    Where none gives finite samples, reuse is plain, and the problem's `notice` is told.
     """
     if settings.reuse == "plain":
         return Corrected()
-    widths = problem.adapter.graph.widths
+    widths, order = problem.adapter.graph.widths, settings.order
     if settings.reuse == "taylor":
-        corrections = taylor(compute, widths)
-        return Corrected(corrections, {"fallbacks": corrections.fallbacks(compute)})
-    fitted = fit(problem, compute, settings.fit_samples)
+        corrections = taylor(compute, widths, order)
+        return Corrected(corrections, _said(corrections, compute))
+    fitted = fit(problem, compute, settings.fit_samples, order)
     zeros = tuple(np.zeros((len(compute), width), np.float32) for width in widths)
-    starts = {
-        "least squares": fitted.corrections(widths),
-        "taylor": replace(taylor(compute, widths), rule="corrected"),
-        "plain": Corrections("corrected", zeros, zeros, zeros),
-    }
+    starts = {"least squares": fitted.corrections(widths)}
+    if order == 2:
+        starts["taylor, order 2"] = replace(taylor(compute, widths, order), rule="corrected")
+    starts["taylor"] = replace(taylor(compute, widths), rule="corrected")
+    starts["plain"] = Corrections("corrected", zeros, zeros, zeros, zeros)
     scores = problem.scores_db(compute, starts, MEASURED)
     if not scores:
         problem.notice("reuse is plain, not corrected: fitted, Taylor's or plain, no samples of this mask are finite")
         return Corrected(history={"reuse": "plain"})
     start = next(iter(scores))
     tuned = settings.fit_steps and not compute.all()
-    corrections = tune(problem, compute, starts[start], settings.fit_steps) if tuned else starts[start]
-    counts = {"fallbacks": corrections.fallbacks(compute), "degenerate_channels": fitted.degenerate}
+    corrections = tune(problem, compute, starts[start], settings.fit_steps, order) if tuned else starts[start]
+    counts = _said(corrections, compute) | {"degenerate_channels": fitted.degenerate}
     return Corrected(corrections, counts | {"start": start, "start_score_db": scores})
 
 
+def _said(corrections: Corrections, compute: NDArray[np.bool_]) -> dict[str, Any]:
+    """What came of rule and order; order 1 goes without saying."""
+    order = {"order": corrections.order} if corrections.order > 1 else {}
+    return order | {"fallbacks": corrections.fallbacks(compute)}
+
+
 @torch.no_grad()
-def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywhere: bool = False) -> Fit:
+def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, order: int = 1, *, everywhere: bool = False) -> Fit:
     """Fit every entry that the mask bool[T, N] reuses, on `samples` noises of each rank.
 
     everywhere: what the mask computes too, as if it were reused there, where c exists; the trajectory goes by the mask
@@ -107,8 +118,8 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
     condition, start, noises = problem.draw(FITTING_STREAMS + ranks.rank * samples, samples)
     found: list[dict[int, Terms]] = [{} for _ in range(table.num_calls)]
     degenerate = 0
-    slots: dict[int, Tensor] = {}
-    older: dict[int, Tensor] = {}
+    slots: Slots = {}
+    older: Older = {}
     outputs: list[Tensor] = []
 
     def route_of(call: int) -> Route:
@@ -116,15 +127,13 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
             nonlocal degenerate
             true, given = evaluate(), slots.get(branch)
             if given is not None and (everywhere or not compute[call, branch]):
-                before = older.get(branch)
+                before = older.get(branch, ())
                 terms, fell = solve(true, given, before, ranks)
                 found[call][branch] = terms
                 degenerate += fell
                 if not compute[call, branch]:
                     return corrected(given, before, terms)
-            if given is not None:
-                older[branch] = given
-            slots[branch] = true
+            store(slots, branch, true, older, order)
             return true
 
         return route
@@ -136,25 +145,30 @@ def fit(problem: Problem, compute: NDArray[np.bool_], samples: int, *, everywher
     return Fit(found, degenerate)
 
 
-def taylor_terms(compute: NDArray[np.bool_], device: torch.device, dtype: torch.dtype) -> list[dict[int, Terms]]:
+def taylor_terms(
+    compute: NDArray[np.bool_], order: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[int, Terms]]:
     """Taylor's rule for every entry of the mask bool[T, N] that has a p, as if it were reused. One mapping a call."""
-    last, older = computed_before(compute)
-    slope = (np.arange(len(compute))[:, None] - last) / np.maximum(last - older, 1)
+    d, e = (torch.from_numpy(weights).to(dtype).to(device) for weights in differences(compute, order))
+    _, p, q = computed_before(compute)
+
+    def terms(call: int, branch: int) -> Terms:
+        at = call, slice(branch, branch + 1)
+        return Terms(None, d[at], None, e[at] if order == 2 and q[call, branch] >= 0 else None)
+
     return [
-        {
-            int(branch): Terms(None, torch.tensor([slope[call, branch]], device=device, dtype=dtype), None)
-            for branch in np.flatnonzero(older[call] >= 0)
-        }
+        {branch: terms(call, branch) for branch in np.flatnonzero(p[call] >= 0).tolist()}
         for call in range(len(compute))
     ]
 
 
-def solve(true: Tensor, c: Tensor, p: Tensor | None, ranks: Ranks) -> tuple[Terms, int]:
+def solve(true: Tensor, c: Tensor, older: Sequence[Tensor], ranks: Ranks) -> tuple[Terms, int]:
     """The vectors [D] of one entry, in the dtype of c, and how many channels of them fell to plain.
 
-    true, c, p: [R, L, D]. d is None where there is no p. Sums are float32, what is solved of them float64.
+    true, c, and p and q in `older`: [R, L, D]. d is None where there is no p, e where there is no q. Sums are float32,
+    what is solved of them float64.
     """
-    changes = [] if p is None else [c.float() - p.float()]
+    changes = [later.float() - earlier.float() for later, earlier in pairwise([c, *older])]
     regressors = torch.stack([c.float(), *changes, torch.ones_like(c, dtype=torch.float32)]).flatten(1, -2)  # [K, M, D]
     missing = (true.float() - c.float()).flatten(0, -2)
     sums = torch.cat(
@@ -173,4 +187,5 @@ def solve(true: Tensor, c: Tensor, p: Tensor | None, ranks: Ranks) -> tuple[Term
     ridge = RIDGE * torch.eye(gram.shape[1], dtype=gram.dtype)
     solved = torch.linalg.solve(gram + ridge, moments[:, :, -1] / scale) / scale
     vectors = (solved * sound[:, None]).to(c.device, c.dtype).unbind(1)
-    return Terms(vectors[0], vectors[1] if p is not None else None, vectors[-1]), int((~sound).sum())
+    d, e = (vectors[1 + index] if index < len(changes) else None for index in range(2))
+    return Terms(vectors[0], d, vectors[-1], e), int((~sound).sum())

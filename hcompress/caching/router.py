@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hcompress.adapter import Route
 from hcompress.caching.problem import Found, Progress, Ranks
 from hcompress.caching.settings import RouterSettings
-from hcompress.sampling import NOTHING, Slots, Terms, corrected
+from hcompress.sampling import NOTHING, Older, Slots, Terms, corrected, store
 
 PAPER_EPS = 1e-8  # AdamW's default, as in the released code; a beta of 7e-8 feels it: gradients are no larger
 STEERED_EPS = 1e-16  # steering finds beta at any scale of the loss, so no gradient may drown in eps
@@ -139,21 +139,21 @@ def soft_route(
     keep: NDArray[np.bool_],
     slots: Slots,
     terms: Mapping[int, Terms] = NOTHING,
-    older: Slots | None = None,
+    older: Older | None = None,
+    depth: int = 1,
 ) -> Route:
     """The training mix of one call. scores: r, [N], with gradient; keep: bool[N], where the slot takes the mixture.
 
-    terms: of the branches whose slot is corrected; older: filled where it is given
+    terms: of the branches whose slot is corrected; older: filled `depth` deep where it is given
     """
 
     def route(branch: int, evaluate: Callable[[], Tensor]) -> Tensor:
-        c = slots[branch]
-        p = older.get(branch) if older is not None else None
-        mixed = torch.lerp(corrected(c, p, terms[branch]) if branch in terms else c, evaluate(), scores[branch])
+        v = slots[branch]
+        if branch in terms:
+            v = corrected(v, older.get(branch, ()) if older is not None else (), terms[branch])
+        mixed = torch.lerp(v, evaluate(), scores[branch])
         if keep[branch]:
-            if older is not None:
-                older[branch] = c
-            slots[branch] = mixed.detach()
+            store(slots, branch, mixed.detach(), older, depth)
         return mixed
 
     return route

@@ -16,7 +16,7 @@ Positive = Annotated[float, Field(gt=0)]
 Target = Annotated[float | None, Field(gt=0, lt=1)]
 Convention = Literal["alternate", "countdown"]
 MISSED = 0.02  # of CUR, or of the share of MACs saved: a goal that a run came no nearer to, which steering does in time
-LEAST_SAMPLES = 8  # that corrections may be fitted on: three unknowns a channel, and tokens of an image are alike
+LEAST_SAMPLES = 8  # that corrections may be fitted on: three or four unknowns a channel, and tokens are alike
 
 
 class MethodSettings(BaseModel):
@@ -28,8 +28,19 @@ class MethodSettings(BaseModel):
     reuse: Reuse = Field(
         "plain", description="what a reused branch yields: plain (the papers'), taylor or corrected (fitted)"
     )
+    order: int = Field(
+        1, ge=1, le=2, description="how many computed values before the last taylor and corrected look at"
+    )
     fit_samples: int = Field(60, ge=LEAST_SAMPLES, description="noises that corrections are fitted on, by each rank")
     fit_steps: int = Field(100, ge=0, description="gradient steps on the image's error after least squares")
+
+    @model_validator(mode="after")
+    def _order_of_a_rule(self) -> Self:
+        if self.reuse == "plain" and self.order != 1:
+            raise ValueError(
+                f"order = {self.order} means nothing where reuse is plain; drop it, or pass --reuse taylor or corrected"
+            )
+        return self
 
     def reusing_steps(self, steps: int) -> tuple[int, str]:
         """How many of `steps` steps may reuse anything, and why no more."""

@@ -6,8 +6,8 @@ errors than Taylor's rule at nearly every call and images that are 2 dB worse. S
 
     L = mean over samples of log mean (x_cached - x_dense)^2          a PSNR but for its factor
 
-back-propagated through all T calls into a, d and b. The network stays as it is. Each call is run again on the way back,
-so that memory holds what lies between calls and the activations of one.
+back-propagated through all T calls into a, d and b, of order 2 e too. The network stays as it is. Each call is run
+again on the way back, so that memory holds what lies between calls and the activations of one.
 """
 
 from __future__ import annotations
@@ -24,32 +24,35 @@ from torch.utils.checkpoint import checkpoint
 
 from hcompress.adapter import Condition
 from hcompress.caching.problem import TINY, Problem
-from hcompress.corrections import Corrections, history
-from hcompress.sampling import Slots, Terms, constants_of, hard_route, sample, solver_output, trajectory
+from hcompress.corrections import TERMS, Corrections, history
+from hcompress.sampling import Older, Slots, Terms, constants_of, hard_route, sample, solver_output, trajectory
 
 TUNING_STREAMS = 5 << 32  # sample numbers, beside those of hcompress.caching.problem
-RATES = {"a": 6e-3, "d": 2e-2, "b": 2e-3}  # of Adam; b counts in units of its branch's root mean square
+RATES = {"a": 6e-3, "d": 2e-2, "b": 2e-3, "e": 2e-2}  # of Adam; b counts in units of its branch's root mean square
 BETAS, WARM_UP, BATCH = (0.9, 0.95), 5, 8  # steps; noises a step and rank
 
 Vectors = Mapping[str, list[Tensor]]
-""""a", "d" or "b" -> [T, D] of each of the N branches."""
+"""A name of TERMS -> [T, D] of each of the N branches. Those of order 1 lack "e"."""
 
 
-def tune(problem: Problem, compute: NDArray[np.bool_], start: Corrections, steps: int) -> Corrections:
-    """Corrections of the mask bool[T, N] after `steps` steps from `start`: of both, those of the better samples."""
+def tune(problem: Problem, compute: NDArray[np.bool_], start: Corrections, steps: int, order: int = 1) -> Corrections:
+    """Corrections of the mask bool[T, N] after `steps` steps from `start`: of both, those of the better samples.
+
+    order: of what comes of it; `start` may be of a lower one
+    """
     sizes = _sizes(problem)
     vectors: Vectors = {
         name: [
             torch.from_numpy(rows / (size if name == "b" else 1.0)).float().to(problem.adapter.device).requires_grad_()
             for rows, size in zip(getattr(start, name), sizes, strict=True)
         ]
-        for name in Terms._fields
+        for name in TERMS[: order + 2]
     }
-    optimizer = torch.optim.Adam([{"params": vectors[name]} for name in RATES], lr=1.0, betas=BETAS)
+    optimizer = torch.optim.Adam([{"params": rows} for rows in vectors.values()], lr=1.0, betas=BETAS)
     for step in range(steps):
         pace = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group, rate in zip(optimizer.param_groups, RATES.values(), strict=True):
-            group["lr"] = rate * pace
+        for group, name in zip(optimizer.param_groups, vectors, strict=True):
+            group["lr"] = RATES[name] * pace
         first = TUNING_STREAMS + (step * problem.ranks.world + problem.ranks.rank) * BATCH
         condition, noise, noises = problem.draw(first, BATCH)
         run: dict[str, Any] = {"cfg": problem.cfg, "noises": noises}
@@ -76,24 +79,26 @@ def _sample(
     noises: list[Tensor],
 ) -> Tensor:
     """As hcompress.sampling.sample, with gradient with regard to `vectors`."""
-    adapter, table, known = problem.adapter, problem.table, history(compute)
+    adapter, table, order = problem.adapter, problem.table, 2 if "e" in vectors else 1
+    allowed = _allowed(compute)
     slots: Slots = {}
-    older: Slots = {}
+    older: Older = {}
     outputs: list[Tensor] = []
 
-    def terms_at(call: int) -> dict[int, Terms]:
-        terms = {}
-        for branch in np.flatnonzero(~compute[call]).tolist():
-            a, d, b = (vectors[name][branch][call] for name in Terms._fields)
-            each = (a, d if known[call, branch] else None, b * sizes[branch])
-            terms[branch] = Terms(*(None if term is None else term.to(adapter.dtype) for term in each))
-        return terms
+    def term(name: str, call: int, branch: int) -> Tensor | None:
+        if name not in vectors or not allowed[name][call, branch]:
+            return None
+        row = vectors[name][branch][call]
+        return (row * sizes[branch] if name == "b" else row).to(adapter.dtype)
 
-    def run(call: int, constants: Any, x: Tensor, slots: Slots, older: Slots) -> tuple[Tensor, Slots, Slots]:
+    def terms_at(call: int) -> dict[int, Terms]:
+        reused = np.flatnonzero(~compute[call]).tolist()
+        return {branch: Terms(*(term(name, call, branch) for name in TERMS)) for branch in reused}
+
+    def run(call: int, constants: Any, x: Tensor, slots: Slots, older: Older) -> tuple[Tensor, Slots, Older]:
         slots, older = dict(slots), dict(older)
-        raw = adapter.guided(
-            x, condition, constants, problem.cfg, hard_route(compute[call], slots, terms_at(call), older)
-        )
+        route = hard_route(compute[call], slots, terms_at(call), older, order)
+        raw = adapter.guided(x, condition, constants, problem.cfg, route)
         return solver_output(raw, constants, table.noise_of(call, noises), adapter.sample_shape[0]), slots, older
 
     for call, constants in enumerate(constants_of(adapter, table)):
@@ -117,13 +122,19 @@ def _sizes(problem: Problem) -> list[float]:
 
 def _corrections(vectors: Vectors, sizes: list[float], compute: NDArray[np.bool_]) -> Corrections:
     """As a schedule carries them; what diverged falls to plain."""
-    known = history(compute)
+    allowed = _allowed(compute)
 
-    def rows(name: str, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.float32], ...]:
+    def rows(name: str) -> tuple[NDArray[np.float32], ...]:
         each = []
         for branch, size in enumerate(sizes):
             values = vectors[name][branch].detach().cpu().numpy() * (size if name == "b" else 1.0)
-            each.append(np.nan_to_num(values * allowed[:, [branch]], posinf=0.0, neginf=0.0).astype(np.float32))
+            each.append(np.nan_to_num(values * allowed[name][:, [branch]], posinf=0.0, neginf=0.0).astype(np.float32))
         return tuple(each)
 
-    return Corrections("corrected", rows("a", ~compute), rows("d", known), rows("b", ~compute))
+    found = {name: rows(name) for name in vectors}
+    return Corrections("corrected", **{"e": tuple(map(np.zeros_like, found["a"]))} | found)
+
+
+def _allowed(compute: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
+    """A name of TERMS -> bool[T, N], where it may be other than zero."""
+    return {"a": ~compute, "d": history(compute), "b": ~compute, "e": history(compute, 2)}

@@ -178,7 +178,7 @@ def _samples(
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
     said = {"model": model, "solver": solver, "steps": steps, "cfg": setting.cfg, "reuse": loaded and loaded.reuse}
-    said |= {"clip": clip} if clip else {}
+    said |= {"order": loaded and loaded.order} | ({"clip": clip} if clip else {})
 
     def published(made: Tensor, what: str) -> dict[str, float]:
         figures = judge.of_samples(setting, made, what) if judge else {}

@@ -49,7 +49,7 @@ def _schedule(file: Path, png: Path | None, as_json: bool) -> None:
         save_heatmap(schedule, png)
     if as_json:
         described = {"cur": schedule.cur, "method": schedule.method, "identity": asdict(schedule.identity)}
-        described |= {"reuse": schedule.reuse, "fallbacks": schedule.fallbacks}
+        described |= {"reuse": schedule.reuse, "order": schedule.order, "fallbacks": schedule.fallbacks}
         rows = ["".join("01"[int(flag)] for flag in row) for row in schedule.compute]
         print(json.dumps(described | {"branches": schedule.names, "compute": rows}))
         return

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hcompress.caching.settings import CachingSettings
     from hcompress.schedule import Schedule
 
+SAID = ("reuse", "order", "start", "fallbacks", "degenerate_channels", "alpha", "images_used", "images_skipped")
+"""What is told of a schedule's history, as far as it has it."""
+
 
 def train(
     model: Annotated[str, typer.Argument(help="zoo:NAME, a local diffusers folder or a hub id.", show_default=False)],
@@ -119,11 +122,7 @@ def train(
         "method": found["name"],
         "cur": made.cur,
         "mac_ratio": found["mac_ratio"],
-        **{
-            name: found[name]
-            for name in ("reuse", "start", "fallbacks", "degenerate_channels", "alpha", "images_used", "images_skipped")
-            if name in found
-        },
+        **{name: found[name] for name in SAID if name in found},
     }
     if display.last:
         result |= {"beta": found["final_beta"], "unpolarised": display.last.unpolarised, "score_db": display.score_db}

@@ -30,6 +30,7 @@ def forecast(recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
         "solver": f"{setting.identity.solver['class']}, {recipe.solver.steps} steps, {calls} calls",
         "method": settings.method,
         "reuse": settings.reuse,
+        **({} if settings.order == 1 else {"order": settings.order}),
         "branches": len(graph),
         "entries": calls * len(graph),
         **work,

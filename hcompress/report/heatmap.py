@@ -18,7 +18,8 @@ def reuse_line(schedule: Schedule) -> str:
     fallbacks = f", {schedule.fallbacks} entries without an older value for it" if schedule.fallbacks else ""
     degenerate = schedule.method.get("degenerate_channels") if schedule.corrections else None
     constant = f", {degenerate} channels that fell to plain reuse" if degenerate else ""
-    return f"{schedule.reuse} reuse{fallbacks}{constant}"
+    order = " of order 2" if schedule.order == 2 else ""
+    return f"{schedule.reuse} reuse{order}{fallbacks}{constant}"
 
 
 def terminal_grid(schedule: Schedule) -> Text:

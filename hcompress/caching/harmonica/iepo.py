@@ -28,10 +28,10 @@ from hcompress.adapter import Condition, Route
 from hcompress.caching.problem import TINY
 from hcompress.caching.router import soft_route
 from hcompress.caching.settings import HarmoniCaSettings
-from hcompress.sampling import NOTHING, Slots, Terms, fill_route
+from hcompress.sampling import NOTHING, Older, Slots, Terms, fill_route
 from hcompress_runtime.table import SolverTable
 
-Cache = tuple[Slots, Slots | None]
+Cache = tuple[Slots, Older | None]
 """Slots, and `older` where corrections need it."""
 
 
@@ -69,7 +69,7 @@ def measure(
             route = fill_route(slots)
         else:
             r = rows[call] if routed else torch.ones_like(rows[call])  # at 1 the mix is what was computed, to the bit
-            route = soft_route(r, keep[call], slots, terms[call] if terms else NOTHING, older)
+            route = soft_route(r, keep[call], slots, terms[call] if terms else NOTHING, older, settings.order)
         return [*outputs, denoise(call, x, condition, route, noises)]
 
     def finish(call: int, outputs: list[Tensor], cache: Cache, *, routed: bool) -> Tensor:

@@ -33,7 +33,7 @@ from hcompress.caching.router import Router, soft_route
 from hcompress.caching.settings import HarmoniCaSettings
 from hcompress.caching.steering import Steering
 from hcompress.corrections import computed_before
-from hcompress.sampling import NOTHING, Terms, constants_of, fill_route, sample, solver_output
+from hcompress.sampling import NOTHING, Older, Terms, constants_of, fill_route, sample, solver_output
 
 
 @final
@@ -96,7 +96,7 @@ class Training:
         """The T-1 iterations of one trajectory, one optimiser step each, yielding loss and mean squared error."""
         slots: dict[int, Tensor] = {}
         terms = self.terms()
-        older: dict[int, Tensor] | None = None if terms is None else {}
+        older: Older | None = None if terms is None else {}
         with torch.no_grad():
             outputs = [self.denoise(0, start, condition, fill_route(slots), noises)]
         for call in range(1, self.table.num_calls):
@@ -109,7 +109,8 @@ class Training:
             if self.settings.score == "hard":
                 r = r + (torch.from_numpy(keep).to(r.dtype) - r).detach()
             reuse = terms[call] if terms else NOTHING
-            student = self.denoise(call, x, condition, soft_route(r.to(x.device), keep, slots, reuse, older), noises)
+            route = soft_route(r.to(x.device), keep, slots, reuse, older, self.settings.order)
+            student = self.denoise(call, x, condition, route, noises)
             mse = functional.mse_loss(student, target)
             loss = float(self.router.lambdas[call]) * mse
             self.needs[call] = self.router.update(call, loss, self.ranks)
@@ -149,17 +150,18 @@ class Training:
     def fit(self, hard: NDArray[np.bool_]) -> None:
         """Corrections of every entry on the trajectory of `hard` [T, N]; the same again for the same mask."""
         self.fitted_for = hard
-        self.fitted = fit(self.problem, hard, self.settings.fit_samples, everywhere=True).terms
+        samples, order = self.settings.fit_samples, self.settings.order
+        self.fitted = fit(self.problem, hard, samples, order, everywhere=True).terms
 
     def terms(self) -> list[dict[int, Terms]] | None:
         """How each entry of each call is corrected under the hard schedule as it is; None where reuse is plain."""
         if self.settings.reuse == "plain":
             return None
-        hard = self.router.hard()
-        every = taylor_terms(hard, self.adapter.device, self.adapter.dtype)
+        hard, order = self.router.hard(), self.settings.order
+        every = taylor_terms(hard, order, self.adapter.device, self.adapter.dtype)
         if self.fitted_for is not None:
-            pairs = zip(computed_before(hard), computed_before(self.fitted_for), strict=True)
-            alike = np.logical_and.reduce([now == then for now, then in pairs])
+            now, then = (computed_before(mask)[: order + 1] for mask in (hard, self.fitted_for))
+            alike = (now == then).all(axis=0)
             for call, fitted in enumerate(self.fitted):
                 every[call] |= {branch: terms for branch, terms in fitted.items() if alike[call, branch]}
         return every
