@@ -8,8 +8,10 @@ and is scored on the noise of seed 100 + s, which no fit sees. A setting is that
 
 learned-RULE    HarmoniCa, its router trained under plain reuse or under corrected reuse, at each of --curs
 after-RULE      the plain router's schedule, run under Taylor's rule or with corrections fitted to it afterwards
-interval-RULE   every n-th call computes everything, n = 2, 3, 4: FORA, TaylorSeer of order 1, corrected
+interval-RULE   every n-th call computes everything, n = 2, 3, 4: FORA, TaylorSeer, corrected
 fewer           uncached, with fewer steps
+
+A RULE is plain, taylor or corrected, the last two also with a 2 for order 2.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from hcompress.recipe import Recipe
 
 RULES, INTERVALS = ("plain", "taylor", "corrected"), (2, 3, 4)
+ORDER_2 = ("taylor2", "corrected2")
 SAVED = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # of fewer steps, dense steps over theirs
 UNSHOWN = ("relative_l2", "class_score")
 CLASSES = 10  # columns of a picture
@@ -51,10 +54,15 @@ def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] 
             learned_in = folder / f"learned-plain-{goal}-{seed}" / "schedule.safetensors"
             flags |= {"caching.method": "given", "caching.schedule": str(learned_in)}
         learned = resolve(find(base))
-        flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg, "caching.reuse": rule}
+        flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg} | reuse_of(rule)
         return resolve(None, flags, sets)
-    flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps, "caching.reuse": rule}
+    flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps} | reuse_of(rule)
     return resolve(find(base), flags, sets)
+
+
+def reuse_of(rule: str) -> dict[str, Any]:
+    """The settings of a rule."""
+    return {"caching.reuse": rule.removesuffix("2"), "caching.order": 2 if rule in ORDER_2 else 1}
 
 
 def wanted(kind: str, patterns: Sequence[str]) -> bool:
@@ -192,9 +200,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/corrected"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    made = [f"interval-{rule}-{every}" for rule in RULES for every in INTERVALS]
+    made = [f"interval-{rule}-{every}" for rule in (*RULES, *ORDER_2) for every in INTERVALS]
     made += [f"learned-{rule}-{cur}" for rule in ("plain", "corrected") for cur in args.curs]
-    made += [f"after-{rule}-{cur}" for rule in ("taylor", "corrected") for cur in args.curs]
+    made += [f"after-{rule}-{cur}" for rule in (*RULES[1:], *ORDER_2) for cur in args.curs]
     made = [kind for kind in made if wanted(kind, args.rows)]
     each = [(model, steps) for model in args.models for steps in args.steps]
     fewer = {steps: dict.fromkeys(f"fewer-{round(steps / saved)}" for saved in SAVED) for steps in args.steps}
