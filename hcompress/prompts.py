@@ -18,7 +18,8 @@ from safetensors import safe_open
 from hcompress.errors import InputError, ModelError
 from hcompress.models.loading import Model, fetch_text_encoder, is_hub_id, load_model
 from hcompress.models.prompts import ENCODED, FILE, scored
-from hcompress.text_encoder import Encoded, TextEncoder
+from hcompress.prompts_file import Encoded
+from hcompress.text_encoder import TextEncoder
 from hcompress.zoo import data_folder
 from hcompress_runtime.conditions import Input
 from hcompress_runtime.files import write_atomically

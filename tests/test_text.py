@@ -20,7 +20,8 @@ from transformers.utils import logging
 from hcompress.errors import InputError
 from hcompress.models.loading import load_model
 from hcompress.prompts import words_of, write_prompts
-from hcompress.text_encoder import BATCH, Encoded, TextEncoder
+from hcompress.prompts_file import Encoded
+from hcompress.text_encoder import BATCH, TextEncoder
 from hcompress.zoo import data_folder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "sad", "apple", "robot"]

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hcompress.errors import DataError
-from hcompress.text_encoder import Encoded, TextEncoder
+from hcompress.prompts_file import Encoded
+from hcompress.text_encoder import TextEncoder
 from hcompress.zoo import data_folder
 from hcompress.zoo.emoji import SIZE, Emoji, load_emoji
 from hcompress.zoo.training import Loss, Network, averaged, train
