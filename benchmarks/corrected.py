@@ -9,6 +9,7 @@ and is scored on the noise of seed 100 + s, which no fit sees. A setting is that
 learned-RULE    HarmoniCa, its router trained under plain reuse or under corrected reuse, at each of --curs
 after-RULE      the plain router's schedule, run under Taylor's rule or with corrections fitted to it afterwards
 interval-RULE   every n-th call computes everything, n = 2, 3, 4: FORA, TaylorSeer, corrected
+countdown-RULE  the same counted from the last call, as FORA's code does; a solver of several stages asks which it is
 fewer           uncached, with fewer steps
 
 A RULE is plain, taylor or corrected, the last two also with a 2 for order 2.
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from hcompress.recipe import Recipe
 
 RULES, INTERVALS = ("plain", "taylor", "corrected"), (2, 3, 4)
+CONVENTIONS = {"interval": "alternate", "countdown": "countdown"}
 ORDER_2 = ("taylor2", "corrected2")
 SAVED = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)  # of fewer steps, dense steps over theirs
+MARKERS = {"interval": "o-", "countdown": "s-", "learned": "^-", "after": "^-", "fewer": "x--"}  # of a plot
 UNSHOWN = ("relative_l2", "class_score")
 CLASSES = 10  # columns of a picture
 PICTURED = ("after-{}-40", "interval-{}-2", "interval-{}-3", "interval-{}-4")
@@ -47,22 +50,19 @@ def recipe_of(model: str, steps: int, kind: str, seed: int, sets: Sequence[str] 
     base = next(recipe for recipe in shipped() if recipe.startswith(name) and recipe.endswith("20_harmonica"))
     flags: dict[str, Any] = {"solver.steps": steps, "seed": seed}
     method, rule, goal = kind.split("-")
-    if method in ("interval", "after"):
-        if method == "interval":
-            flags |= {"caching.method": "interval", "caching.every": int(goal)}
-        else:
-            learned_in = folder / f"learned-plain-{goal}-{seed}" / "schedule.safetensors"
-            flags |= {"caching.method": "given", "caching.schedule": str(learned_in)}
-        learned = resolve(find(base))
-        flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg} | reuse_of(rule)
-        return resolve(None, flags, sets)
-    flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps} | reuse_of(rule)
-    return resolve(find(base), flags, sets)
-
-
-def reuse_of(rule: str) -> dict[str, Any]:
-    """The settings of a rule."""
-    return {"caching.reuse": rule.removesuffix("2"), "caching.order": 2 if rule in ORDER_2 else 1}
+    flags |= {"caching.reuse": rule.removesuffix("2"), "caching.order": 2 if rule in ORDER_2 else 1}
+    if method == "learned":
+        flags |= {"caching.target_cur": int(goal) / 100, "caching.refresh": 20 * steps}
+        return resolve(find(base), flags, sets)
+    if method == "after":
+        schedule = folder / f"learned-plain-{goal}-{seed}" / "schedule.safetensors"
+        flags |= {"caching.method": "given", "caching.schedule": str(schedule)}
+    else:
+        convention = CONVENTIONS[method]
+        flags |= {"caching.method": "interval", "caching.every": int(goal), "caching.convention": convention}
+    learned = resolve(find(base))
+    flags |= {"model": model, "solver.name": learned.solver.name, "cfg": learned.cfg}
+    return resolve(None, flags, sets)
 
 
 def wanted(kind: str, patterns: Sequence[str]) -> bool:
@@ -138,19 +138,21 @@ def save_pareto(path: Path, title: str, rows: dict[str, dict[str, Any]]) -> None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.9), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.6, 3.9), layout="constrained")
     lines: dict[str, list[tuple[float, float]]] = {}
     for kind, row in rows.items():
         if "psnr_db" in row:
             point = (100 / row["mac_ratio"]["mean"], row["psnr_db"]["mean"])
             lines.setdefault(kind.rpartition("-")[0], []).append(point)
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=name)
+        method, _, rule = name.partition("-")
+        colour = f"C{[*RULES, *ORDER_2].index(rule)}" if rule else "gray"
+        axes.plot(*zip(*sorted(points), strict=True), MARKERS[method], color=colour, markersize=5, label=name)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("MACs (% of uncached)")
     axes.set_ylabel("PSNR against uncached (dB)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -167,8 +169,9 @@ def save_pictures(path: Path, folder: Path, rows: dict[str, dict[str, Any]], sam
         kind = kind.replace("after-plain", "learned-plain")
         if kind in rows:
             named[f"CUR {100 * rows[kind]['cur']['mean']:.0f} %, {kind.split('-')[1]}"] = kind
-    figure, strips = pyplot.subplots(len(named), 1, figsize=(9, 0.95 * len(named)), layout="constrained")
-    for axes, (title, kind) in zip(strips, named.items(), strict=True):
+    size = (9, 0.95 * len(named))
+    figure, strips = pyplot.subplots(len(named), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, (title, kind) in zip(strips[:, 0], named.items(), strict=True):
         drawn = np.load(folder / f"{samples}-{kind}-{seed}.npy")[:CLASSES]
         strip = np.concatenate(list(np.clip(drawn.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)), axis=1)
         axes.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -200,9 +203,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/corrected"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    made = [f"interval-{rule}-{every}" for rule in (*RULES, *ORDER_2) for every in INTERVALS]
+    rules = (*RULES, *ORDER_2)
+    made = [f"{method}-{rule}-{every}" for method in CONVENTIONS for rule in rules for every in INTERVALS]
     made += [f"learned-{rule}-{cur}" for rule in ("plain", "corrected") for cur in args.curs]
-    made += [f"after-{rule}-{cur}" for rule in (*RULES[1:], *ORDER_2) for cur in args.curs]
+    made += [f"after-{rule}-{cur}" for rule in rules[1:] for cur in args.curs]
     made = [kind for kind in made if wanted(kind, args.rows)]
     each = [(model, steps) for model in args.models for steps in args.steps]
     fewer = {steps: dict.fromkeys(f"fewer-{round(steps / saved)}" for saved in SAVED) for steps in args.steps}
