@@ -18,11 +18,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hcompress.claim import Claim, claim
 from hcompress.errors import InputError, RunError
 from hcompress.recipe import Run, dump, first_difference, resolve_any
 from hcompress_runtime.files import write_atomically
@@ -44,9 +45,10 @@ REMAINS = PARTS | {"env.json"}  # of a start that was killed before recipe.yaml
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run, by path; `open_run` makes or reopens it."""
+    """The folder of one run, by path; `open_run` makes or reopens it, and holds it for this process."""
 
     path: Path
+    claim: Claim | None = field(default=None, repr=False, compare=False)
 
     @property
     def recipe(self) -> Path:
@@ -110,7 +112,7 @@ def open_run(path: Path, recipe: Run, *, resume: bool = False) -> RunDir:
 
     A run that did nothing yet counts as empty: its command failed, and the mended one should not meet it. `resume`
     where there is nothing to resume starts the run, so one command serves a job that may be killed at any moment.
-    Raises RunError where `path` holds something else, or a run of another recipe.
+    Raises RunError where `path` holds something else, or a run of another recipe, or one that another process is at.
     """
     run = RunDir(Path(path))
     try:
@@ -129,7 +131,7 @@ def open_run(path: Path, recipe: Run, *, resume: bool = False) -> RunDir:
         write_atomically(run.recipe, dump(recipe).encode())
     elif difference := first_difference(resolve_any(run.recipe), recipe):
         raise RunError(f"{run.path} was started with another recipe: {difference}; pass the same or another --out")
-    return run
+    return replace(run, claim=claim(run.path))
 
 
 def own_flags(model: str) -> dict[str, Any]:

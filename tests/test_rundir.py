@@ -16,7 +16,8 @@ from hcompress.errors import RunError
 from hcompress.recipe import resolve
 from hcompress.rundir import open_run
 
-RECIPE = resolve(None, {"model": "zoo:fashion-dit", "caching.target_cur": 0.4})
+FLAGS = {"model": "zoo:fashion-dit", "caching.target_cur": 0.4}
+RECIPE = resolve(None, FLAGS)
 
 
 def test_a_new_run_records_its_recipe_and_its_machine(tmp_path):
@@ -76,6 +77,27 @@ def test_a_start_that_was_killed_is_started_again(tmp_path, remains, resume):
     run = open_run(tmp_path, RECIPE, resume=resume)
     assert resolve(run.recipe) == RECIPE
     assert json.loads((run.path / "env.json").read_text())
+
+
+def test_of_two_processes_in_one_run_the_second_is_told(tmp_path):
+    """And may go on once the first is gone, however it went; one process may open its run as often as it likes."""
+    code = f"""
+from pathlib import Path
+from hcompress.recipe import resolve
+from hcompress.rundir import open_run
+run = open_run(Path({str(tmp_path / "run")!r}), resolve(None, {FLAGS!r}))
+print("open", flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(RunError, match=r"another process is at work in .*run; wait for it, or stop it"):
+            open_run(tmp_path / "run", RECIPE, resume=True)
+        other.kill()
+    mine = [open_run(tmp_path / "run", RECIPE, resume=True) for _ in range(2)]
+    assert mine[0] == mine[1] and mine[0].claim is mine[1].claim
 
 
 def test_metrics_come_back_in_order_and_rewind_drops_the_rest(tmp_path):
