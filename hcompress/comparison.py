@@ -165,11 +165,13 @@ class LeftOut:
 def load_comparison(names: Sequence[str | Path], flags: Mapping[str, Any] | None = None) -> Comparison:
     """The comparison NAME, or one of several recipes; `flags` ({"seeds": [0]}; None = not given) go over its settings.
 
-    Raises RecipeError.
+    Files that a comparison names may lie beside it. Raises RecipeError.
     """
     settings: dict[Any, Any] = {"recipes": [str(name) for name in names]}
-    if len(names) == 1 and "recipes" in (described := read(find(names[0]))):
-        settings = described
+    if len(names) == 1 and "recipes" in (described := read(file := find(names[0]))):
+        entries = described["recipes"]
+        found = [_found(entry, file.parent) for entry in entries] if isinstance(entries, list) else entries
+        settings = described | {"recipes": found}
     settings = settings | {key: value for key, value in (flags or {}).items() if value is not None}
     try:
         comparison = _measured_as_recipes_say(Comparison.model_validate(settings, strict=True))
@@ -179,6 +181,13 @@ def load_comparison(names: Sequence[str | Path], flags: Mapping[str, Any] | None
         if getattr(comparison, key) is not None and comparison.reference is None:
             raise RecipeError(f"--{key} would do nothing: there is no --reference")
     return comparison
+
+
+def _found(entry: Any, folder: Path) -> Any:
+    """An entry of a comparison in `folder`, with its recipe's path where that lies there."""
+    if isinstance(entry, dict):
+        return entry | {"recipe": _found(entry["recipe"], folder)} if "recipe" in entry else entry
+    return str(folder / entry) if isinstance(entry, str) and (folder / entry).is_file() else entry
 
 
 def numbers(flag: str, text: str | None, kind: type[Number]) -> list[Number] | None:

@@ -49,6 +49,16 @@ def test_all_shipped_comparisons_have_cells_and_say_what_they_are(name):
     assert all("out of reach" in one.reason for one in left_out)
 
 
+def test_recipes_may_lie_beside_the_comparison_that_names_them(tmp_path):
+    """Whatever the working directory is, and however an entry is written."""
+    rule = tmp_path / "rule.yaml"
+    rule.write_text(find(RULE).read_text())
+    file = written(tmp_path, f"recipes:\n- rule.yaml\n- {{recipe: rule.yaml, name: again}}\n- {rule}\n- {LEARNED}\n")
+    assert [entry.recipe for entry in load_comparison([file]).recipes] == [str(rule)] * 3 + [LEARNED]
+    with pytest.raises(RecipeError, match=r"no recipe 'elsewhere\.yaml'"):
+        cells_of(load_comparison([written(tmp_path, "recipes: [elsewhere.yaml]")]))
+
+
 @pytest.mark.parametrize("section", PUBLISHED)
 def test_all_published_tables_are_comparisons_of_their_recipes(section):
     """A row a recipe, in as many groups as the table has baselines: none of it needs the weights to be told."""
