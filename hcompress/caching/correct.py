@@ -5,7 +5,6 @@ For a branch i that call t reuses, ridge least squares over samples, rows of gui
     min  E (f - c - a c - d (c - p) - e (p - q) - b)^2
          + RIDGE (a^2 E c^2 + d^2 E (c - p)^2 + e^2 E (p - q)^2 + b^2)
 
-
 without e of order 1 and where there is no q, and without d where there is no p. f is what the branch gives on the
 *cached* trajectory, where each earlier call, and each earlier branch of this one, is corrected as it was just fitted.
 So one pass over one batch of noise fits everything, call after call and branch after branch, and each fit sees what it

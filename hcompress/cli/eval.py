@@ -12,7 +12,6 @@ import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch import Tensor
 
     from hcompress.report.published import Judge
 
@@ -151,8 +150,7 @@ def _samples(
     bars: Progress,
 ) -> dict[str, Any]:
     """MODEL's samples, uncached and under the schedule. What is not asked for is the schedule's, or MODEL's own."""
-    from hcompress.prompts import words_of
-    from hcompress.report.published import ByPrompt, viewer_of
+    from hcompress.report.published import ByPrompt, check_judged, judged
     from hcompress.report.quality import evaluate as measure
     from hcompress.report.quality import left_out
     from hcompress.rundir import own_flags
@@ -169,28 +167,21 @@ def _samples(
         loaded.check_fits(setting.adapter.graph, setting.identity)
         loaded = loaded.reusing(reuse, setting.adapter.graph)
     clip = asked.get("clip")
-    if clip:
-        words_of(setting.model, samples)  # prompts without words are refused before anything is made
-    if judge or clip:
-        viewer_of(setting)  # and so are latents that nothing decodes
-    by_prompt = ByPrompt(clip, device, _show(bars)) if clip else None
+    check_judged(setting, samples, reference=judge is not None, clip=bool(clip))
+    judges: list[Judge | ByPrompt] = [judge] if judge else []
+    judges += [ByPrompt(clip, device, _show(bars))] if clip else []
     for note in filter(None, (left_out(setting, samples), loaded.fitted_elsewhere(setting.cfg) if loaded else None)):
         print(note, file=sys.stderr)
     tasks = {what: bars.add_task(what, total=samples) for what in ("uncached", *(["cached"] if loaded else []))}
     said = {"model": model, "solver": solver, "steps": steps, "cfg": setting.cfg, "reuse": loaded and loaded.reuse}
     said |= {"order": loaded and loaded.order} | ({"clip": clip} if clip else {})
-
-    def published(made: Tensor, what: str) -> dict[str, float]:
-        figures = judge.of_samples(setting, made, what) if judge else {}
-        return figures | (by_prompt.of_samples(setting, made, what) if by_prompt else {})
-
     return said | measure(
         setting,
         loaded,
         samples,
         seed,
         lambda what, done: bars.update(tasks[what], completed=done),
-        published,
+        lambda made, what: judged(judges, setting, made, what),
     )
 
 

@@ -85,7 +85,8 @@ class PromptInputs:
         self.conditions = {**prompt, **_with_defaults(nulls, defaults), **(other or {})}
         self.own: Rows | None = None if prompts is None else complete(self.conditions, prompts)
         if self.own is not None:
-            self.conditions |= _with_defaults(nulls, {name: take(self.own, [0])[name][0] for name in nulls})
+            own = take({name: self.own[name] for name in nulls}, [0])
+            self.conditions |= _with_defaults(nulls, {name: rows[0] for name, rows in own.items()})
 
     def null(self, condition: Condition) -> Condition:
         """The null prompts, which `condition` holds beside the prompts, and all that is no part of either.

@@ -9,8 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from hcompress.comparison import Comparison
-from hcompress.prompts import words_of
-from hcompress.report.published import ByPrompt, Judge, Say, viewer_of
+from hcompress.report.published import ByPrompt, Judge, Say, check_judged, judged
 from hcompress.setting import Setting
 
 JUDGED_BY = ("reference", "size", "clip")  # of a Comparison, which rows record
@@ -28,10 +27,8 @@ class Judges:
         self.judges: list[Judge | ByPrompt] = []
         self.said: list[str] = []
         for setting in settings:
-            if asked.clip is not None:
-                words_of(setting.model, asked.samples)
-            if asked.reference is not None or asked.clip is not None:
-                viewer_of(setting)
+            named = {"reference": asked.reference is not None, "clip": asked.clip is not None}
+            check_judged(setting, asked.samples, **named)
         if asked.reference is not None:
             weights = Path(asked.inception) if asked.inception else None
             judge = Judge(Path(asked.reference), weights, asked.size, device, say, said=self.said)
@@ -41,10 +38,7 @@ class Judges:
 
     def of_samples(self, setting: Setting, samples: Tensor, what: str) -> dict[str, float]:
         """The figures of samples [N, C, h, w]."""
-        figures: dict[str, float] = {}
-        for judge in self.judges:
-            figures |= judge.of_samples(setting, samples, what)
-        return figures
+        return judged(self.judges, setting, samples, what)
 
 
 def judged_so(row: Mapping[str, Any], asked: Comparison) -> bool:

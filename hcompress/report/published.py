@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -91,6 +91,25 @@ class ByPrompt:
         words = words_of(setting.model, count)
         score = clip_score(images, words, self.network, BATCH, lambda done: self.show(f"{what} by CLIP", done, count))
         return {"clip_score": score}
+
+
+def check_judged(setting: Setting, count: int, *, reference: bool, clip: bool) -> None:
+    """Raise what judging `count` samples of the model would, by a reference or a CLIP, before any of them is made.
+
+    DataError for latents that nothing decodes; InputError, ModelError for a CLIP without words to compare with.
+    """
+    if clip:
+        words_of(setting.model, count)
+    if reference or clip:
+        viewer_of(setting)
+
+
+def judged(judges: Iterable[Judge | ByPrompt], setting: Setting, samples: Tensor, what: str) -> dict[str, float]:
+    """The figures of a model's samples [N, C, h, w] by all of `judges`."""
+    figures: dict[str, float] = {}
+    for judge in judges:
+        figures |= judge.of_samples(setting, samples, what)
+    return figures
 
 
 def viewer_of(setting: Setting) -> nn.Module:
