@@ -72,7 +72,7 @@ class QALoRALinear(nn.Module):
         return functional.linear(x, weight, self.bias)
 
     def rounded(self) -> Tensor:
-        """Q_w(W0 + B A), [out, in]. Made again on the way back: its parts would be four times the model."""
+        """Q_w(W0 + B A), [out, in]. Made again on the way back: its parts would be twice the model."""
         return self.format.weight_grid.fake(self.merged(), widen(self.log_scale.exp(), self.in_features))
 
     @torch.no_grad()
